@@ -1,0 +1,218 @@
+"""The job, read top to bottom: settings -> inputs -> data set -> plan -> launch -> publish.
+
+`sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema.
+This is the only place that turns an exception into an exit code.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import job
+from job.errors import CONFIG, INTERNAL, OK, PREEMPTED, RESOURCES, ConfigError, ExitCode, JobError
+from job.log import logger, setup_logging
+from job.outcome import Progress, format_outcome, write_termination_log
+from job.settings import RuntimeSettings, Settings, load_runtime_settings, load_settings
+
+# Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is
+# reported in under a second.
+if TYPE_CHECKING:
+    from job.prepared import Prepared
+
+
+class StopSignal(BaseException):
+    """SIGTERM or SIGINT. Not an Exception, so that no library takes it for a failure of its own and goes on."""
+
+
+def run(settings: Settings, progress: Progress) -> None:
+    """Train and publish; do nothing when this very run is already published."""
+    from job.launch import launch_workers
+    from job.publish import publish_run
+    from job.report import format_metrics
+
+    with _own(settings.runtime.work_dir) as work_dir:
+        prepared = prepare(settings, work_dir, progress)
+        if prepared is None:
+            return
+        _log_phase("fetching the base model")
+        model_folder = prepared.inputs.base_model.fetch(work_dir / "model")
+
+        _log_phase("training")
+        folder = prepared.hand_over(work_dir / "run", model_folder)
+        launch_workers(prepared.plan, folder)
+        progress.step = prepared.plan.steps
+        logger.info("%s", format_metrics(folder.read_result()))
+
+        _log_phase("publishing")
+        publish_run(prepared, folder)
+
+
+def check(settings: Settings, progress: Progress) -> None:
+    """Do all that a run does before it fetches the weights and trains."""
+    with _own(settings.runtime.work_dir) as work_dir:
+        if prepare(settings, work_dir, progress) is not None:
+            logger.info("check passed: nothing was trained, nothing was published")
+
+
+def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared | None":
+    """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published."""
+    from job.dataset import prepare_dataset
+    from job.hardware import find_hardware
+    from job.inputs import find_inputs
+    from job.plan import make_plan, plan_parallel
+    from job.prepared import Prepared
+    from job.publish import check_slot, is_already_published, open_slot
+    from job.report import format_plan
+
+    hardware = find_hardware()
+    parallel = plan_parallel(settings, hardware)
+
+    _log_phase("reading the inputs")
+    check_slot(settings.output.uri)
+    inputs = find_inputs(settings, work_dir)
+    slot = open_slot(settings.output.uri, inputs.run_id)
+    progress.run_id, progress.output = inputs.run_id, slot.uri
+    if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite):
+        logger.info("run %s is already published at %s: nothing to do", inputs.run_id, slot.uri)
+        return None
+    slot.check_writable()
+
+    _log_phase("tokenizing")
+    model_folder = inputs.base_model.fetch_configuration(work_dir / "model")
+    dataset = prepare_dataset(settings, inputs, model_folder, work_dir / "tokens")
+    plan = make_plan(settings, parallel, dataset.facts)
+    progress.total_steps = plan.steps
+    logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan))
+    return Prepared(settings, hardware, inputs, dataset, plan, slot)
+
+
+def _log_phase(name: str) -> None:
+    logger.info("== %s", name)
+
+
+@contextmanager
+def _own(work_dir: Path) -> Iterator[Path]:
+    """Make the work folder and keep other jobs out of it.
+
+    Raises ConfigError when it can't be made or another job uses it.
+    """
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        lock = (work_dir / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"SFT_RUNTIME__WORK_DIR={work_dir}: can't be used: {error.strerror}",
+            hint="name a folder that can be written",
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"SFT_RUNTIME__WORK_DIR={work_dir}: another job is using it", hint="give each job a folder of its own"
+            ) from error
+        yield work_dir
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; the outcome is in the log and in the termination log."""
+    command = _parse(arguments)
+    runtime = load_runtime_settings()
+    setup_logging(runtime.log_format, runtime.log_level)
+    if command == "schema":
+        print(json.dumps(Settings.model_json_schema(), indent=2))
+        return OK.code
+    progress = Progress()
+    ending, message, hint = _execute(command, progress)
+    if ending is OK:
+        message = "checked" if command == "check" else "published"
+    else:
+        logger.error("%s", message)
+        if hint:
+            logger.error("remedy: %s", hint)
+        logger.error("exit code %d (%s): %s", ending.code, ending.name, ending.when)
+    _write_outcome(runtime, format_outcome(ending, message, hint, progress))
+    return ending.code
+
+
+def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
+    """Run a command; return how it ended, with message and hint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        settings = load_settings()
+        progress.output = settings.output.uri
+        {"run": run, "check": check}[command](settings, progress)
+    except StopSignal as stop:
+        return PREEMPTED, f"stopped by {stop}: nothing is published", "start it again: it begins anew"
+    except JobError as error:
+        progress.step = error.step if error.step is not None else progress.step
+        return error.exit_code, error.message, error.hint
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return RESOURCES, f"no space left on the disk: {error.filename}", "give SFT_RUNTIME__WORK_DIR more room"
+        return _internal(error)
+    except Exception as error:  # noqa: BLE001 - the one place for what nobody foresaw
+        return _internal(error)
+    return OK, "", ""
+
+
+def _internal(error: Exception) -> tuple[ExitCode, str, str]:
+    logger.exception("a bug in the job")
+    return INTERNAL, f"{type(error).__name__}: {error}", "please report it, with the traceback above"
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    # A second signal stops at once; the kernel then ends the workers, which are tied to this process.
+    for again in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(again, lambda *_: os._exit(PREEMPTED.code))
+    raise StopSignal(signal.Signals(number).name)
+
+
+def _write_outcome(runtime: RuntimeSettings, outcome: str) -> None:
+    asked_for = "termination_log" in runtime.model_fields_set
+    write_termination_log(runtime.termination_log, outcome, was_asked_for=asked_for)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End with the code for wrong settings, where argparse would end with 2."""
+        self.print_usage(sys.stderr)
+        self.exit(CONFIG.code, f"{self.prog}: {message}\n")
+
+
+def _parse(arguments: Sequence[str] | None) -> str:
+    parser = _Parser(prog="sft-job", description="Fine-tune a language model with LoRA, as the SFT_* variables say.")
+    parser.add_argument("--version", action="version", version=f"sft-job {job.__version__}")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        default="run",
+        choices=("run", "check", "schema"),
+        help="run (the default), check without training, or print the settings' JSON Schema",
+    )
+    command: str = parser.parse_args(arguments).command
+    return command
+
+
+def entrypoint() -> NoReturn:
+    """Run the command line, and end without waiting for transfers that an error left behind."""
+    code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    entrypoint()

@@ -1,0 +1,1 @@
+"""Configuration files for `accelerate launch`, one for each way to distribute the work."""

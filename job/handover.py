@@ -1,0 +1,110 @@
+"""What the parent and its workers pass each other: files in one folder, because torchrun flattens exit codes to 1.
+
+The parent writes the plan, the inputs and the row numbers; the workers write the adapter, the metrics, the result and
+one outcome each.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class WorkerInputs(BaseModel):
+    """Paths of what a worker reads, and how it logs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_folder: Path
+    train_tokens: Path
+    eval_tokens: Path | None
+    pad_token_id: int
+    log_format: Literal["auto", "text", "json"]
+    log_level: str
+
+
+class WorkerOutcome(BaseModel):
+    """How one worker ended: an exit code of `job.errors`, at a moment (`time_s`, seconds since the epoch) and step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    code: int
+    message: str
+    hint: str
+    step: int
+    time_s: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, by what lies in it."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        """The TrainPlan, as JSON."""
+        return self.root / "plan.json"
+
+    @property
+    def inputs(self) -> Path:
+        """The WorkerInputs, as JSON."""
+        return self.root / "inputs.json"
+
+    @property
+    def train_rows(self) -> Path:
+        """Row numbers to train on, int64 (N,) as .npy."""
+        return self.root / "train_rows.npy"
+
+    @property
+    def eval_rows(self) -> Path:
+        """Held-out row numbers, int64 (N,) as .npy."""
+        return self.root / "eval_rows.npy"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder that holds the adapter."""
+        return self.root / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for each logged step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The final metrics, as JSON."""
+        return self.root / "result.json"
+
+    @property
+    def launcher_log(self) -> Path:
+        """What the launcher, and workers that failed before they could log, wrote."""
+        return self.root / "launcher.log"
+
+    def worker_log(self, rank: int) -> Path:
+        """Return the file for the output of a rank other than 0."""
+        return self.root / f"rank-{rank}.log"
+
+    def outcome(self, rank: int) -> Path:
+        """Return the file for a rank's WorkerOutcome."""
+        return self.root / f"outcome-{rank}.json"
+
+    def read_outcomes(self) -> list[WorkerOutcome]:
+        """Return the outcomes that were written, by time."""
+        found = [WorkerOutcome.model_validate_json(path.read_bytes()) for path in self.root.glob("outcome-*.json")]
+        return sorted(found, key=lambda outcome: outcome.time_s)
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the final metrics."""
+        result: dict[str, Any] = json.loads(self.result.read_bytes())
+        return result
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

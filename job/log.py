@@ -1,0 +1,101 @@
+"""What the job says while it runs: log lines as text or JSON on stderr, and progress of transfers.
+
+Every line, tracebacks included, passes through `redact`, so that a secret which a library put into its message
+doesn't come out.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+logger = logging.getLogger("sft_job")
+
+_SECRET_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+)
+_PROGRESS_INTERVAL_S = 10.0
+
+
+def redact(text: str) -> str:
+    """Replace the values of the credential variables wherever they stand in a text."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= 4:  # a shorter one would blank out ordinary words
+            text = text.replace(value, "***")
+    return text
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        text = f"{clock} {level}{record.getMessage()}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return redact(text)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        event = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            event["traceback"] = self.formatException(record.exc_info)
+        return redact(json.dumps(event, ensure_ascii=False))
+
+
+def setup_logging(log_format: Literal["auto", "text", "json"], level: str) -> None:
+    """Send the job's log lines to stderr in the format asked for, and other libraries' warnings with them."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logger.setLevel(level.upper())
+
+
+@contextmanager
+def transfer_progress(label: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a transfer's progress: a bar on a terminal, otherwise a line every ten seconds.
+
+    Yields the function that takes each finished piece's size in bytes; it may be called from several threads.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, leave=False) as bar:
+            yield lambda size_bytes: (bar.update(size_bytes), None)[1]
+        return
+    lock = threading.Lock()
+    done_bytes = 0
+    next_line_s = time.monotonic() + _PROGRESS_INTERVAL_S
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done_bytes, next_line_s
+        with lock:
+            done_bytes += size_bytes
+            if time.monotonic() >= next_line_s:
+                next_line_s += _PROGRESS_INTERVAL_S
+                logger.info("%s: %s of %s", label, format_bytes(done_bytes), format_bytes(total_bytes))
+
+    yield advance
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Write a size for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"

@@ -1,0 +1,79 @@
+"""What ran: the identity of a run (`run_id`) and the manifest that is published last, when all else is in place."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import job
+from job.hardware import Hardware
+from job.plan import TrainPlan
+from job.settings import Settings
+
+MANIFEST_NAME = "manifest.json"
+_SCHEMA_VERSION = 1
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "huggingface_hub", "boto3", "pyarrow")
+# How a run is spread, where its files are and how it talks don't change what is learned.
+_NOT_TRAINING = {"train": {"micro_batch_size", "logging_steps"}, "data": {"uri", "eval_uri"}}
+_TRAINING_GROUPS = ("model", "data", "lora", "train")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One data file as it was read."""
+
+    uri: str
+    etag: str
+    sha256: str
+    bytes: int
+    rows: int
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_run_id(settings: Settings, train_digests: list[str], eval_digests: list[str], model_revision: str) -> str:
+    """Return 16 hex digits that name a run: sha256 over the training settings, the data's and base model's versions.
+
+    Two starts with the same run_id would learn the same; credentials, places, logging and parallelism don't count.
+    """
+    tree = settings.model_dump(mode="json", include=set(_TRAINING_GROUPS), exclude=_NOT_TRAINING)
+    identity = {"settings": tree, "train": train_digests, "eval": eval_digests, "model_revision": model_revision}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_manifest(
+    *,
+    run_id: str,
+    settings: Settings,
+    plan: TrainPlan,
+    hardware: Hardware,
+    data: list[DataFile],
+    metrics: dict[str, Any],
+    files: list[Path],
+    folder: Path,
+) -> dict[str, Any]:
+    """Return the manifest of a run whose published files lie in `folder`."""
+    return {
+        "schema_version": _SCHEMA_VERSION,
+        "run_id": run_id,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "job_version": job.__version__,
+        "settings": settings.model_dump(mode="json"),
+        "base_model": {"id": plan.model_id, "revision": plan.model_revision},
+        "data": [asdict(file) for file in data],
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "hardware": asdict(hardware),
+        "plan": plan.model_dump(mode="json"),
+        "metrics": metrics,
+        "files": [
+            {"path": str(path.relative_to(folder)), "sha256": hash_file(path), "bytes": path.stat().st_size}
+            for path in files
+        ],
+    }

@@ -1,0 +1,50 @@
+"""How a run ended, in the form that Kubernetes shows: one JSON object in the termination log, 4,096 bytes at most."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from job.errors import ExitCode
+from job.log import logger, redact
+
+_LIMIT_BYTES = 4096  # what the kubelet keeps of a termination log
+
+
+@dataclass
+class Progress:
+    """How far the run has come: what an outcome says of it, wherever it ends."""
+
+    run_id: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    output: str | None = None
+
+
+def format_outcome(ending: ExitCode, message: str, hint: str, progress: Progress) -> str:
+    """Return the outcome as JSON, its message cut so that the whole stays within the limit."""
+    outcome = {
+        "code": ending.code,
+        "name": ending.name,
+        "message": redact(message),
+        "hint": redact(hint)[:500],
+        "run_id": progress.run_id,
+        "step": progress.step,
+        "total_steps": progress.total_steps,
+        "output": progress.output,
+    }
+    text = json.dumps(outcome)
+    while len(text) > _LIMIT_BYTES:
+        kept = len(str(outcome["message"])) * 9 // 10
+        outcome["message"] = str(outcome["message"])[:kept]
+        text = json.dumps(outcome)
+    return text
+
+
+def write_termination_log(path: Path, text: str, *, was_asked_for: bool) -> None:
+    """Write the outcome; the default path only where the kubelet made it, since it lies in /dev."""
+    if not was_asked_for and not path.exists():
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        logger.warning("SFT_RUNTIME__TERMINATION_LOG=%s: can't be written: %s", path, error.strerror)

@@ -1,0 +1,143 @@
+"""The adapter goes to its slot: every file read back and compared, the manifest last, so that its presence means that
+all it lists is there and whole."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import job
+from job.errors import ConfigError, UnavailableError
+from job.handover import RunFolder
+from job.log import format_bytes, logger
+from job.manifest import MANIFEST_NAME, hash_file, make_manifest
+from job.prepared import Prepared
+from job.report import format_model_card
+from job.storage import Store, open_store
+
+_SETTING = "SFT_OUTPUT__URI"
+_PLACEHOLDER = "{run_id}"
+
+
+def open_slot(uri: str, run_id: str) -> Store:
+    """Open the slot that an output URI names for a run."""
+    return open_store(uri.replace(_PLACEHOLDER, run_id), setting=_SETTING)
+
+
+def check_slot(uri: str) -> None:
+    """Prove, before any download, that the output can be reached and, unless a run is finished there, written.
+
+    Raises the store's errors, naming the setting.
+    """
+    # The run's id isn't known yet: what stands before it in the URI is as good for the proof.
+    slot = open_store(uri.split(_PLACEHOLDER, maxsplit=1)[0], setting=_SETTING)
+    if read_published(slot) is None:
+        slot.check_writable()
+
+
+def read_published(slot: Store) -> dict[str, Any] | None:
+    """Return the manifest in the slot, or None for a slot that holds no finished run.
+
+    Raises ConfigError for a file of that name that is no manifest.
+    """
+    content = slot.read(MANIFEST_NAME)
+    if content is None:
+        return None
+    try:
+        manifest = json.loads(content)
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or "run_id" not in manifest or "files" not in manifest:
+        raise ConfigError(
+            f"SFT_OUTPUT__URI={slot.uri}: the {MANIFEST_NAME} there was not written by this job",
+            hint="publish to another place",
+        )
+    return manifest
+
+
+def is_already_published(slot: Store, run_id: str, *, overwrite: bool) -> bool:
+    """Say whether this very run lies finished in the slot.
+
+    Raises ConfigError when another run does, and it may not be overwritten.
+    """
+    published = read_published(slot)
+    if published is None:
+        return False
+    if published["run_id"] == run_id:
+        return True
+    if not overwrite:
+        raise ConfigError(
+            f"SFT_OUTPUT__URI={slot.uri}: run {published['run_id']} is published there, and this is run {run_id}",
+            hint="publish elsewhere ({run_id} in the URI is filled in for each run), or set SFT_OUTPUT__OVERWRITE=true",
+        )
+    return False
+
+
+def publish_run(prepared: Prepared, folder: RunFolder) -> None:
+    """Lay everything that belongs to the trained adapter beside it, and publish it to the run's slot."""
+    plan, inputs, metrics = prepared.plan, prepared.inputs, folder.read_result()
+    _name_base_model(folder.adapter, plan.model_id, inputs.base_model.hub_revision)
+    prepared.dataset.tokenizer.save_pretrained(folder.adapter)
+    card = format_model_card(plan, run_id=inputs.run_id, job_version=job.__version__, metrics=metrics)
+    (folder.adapter / "README.md").write_text(card, encoding="utf-8")
+    for source in (folder.plan, folder.metrics):
+        shutil.copy(source, folder.adapter)
+    manifest = make_manifest(
+        run_id=inputs.run_id,
+        settings=prepared.settings,
+        plan=plan,
+        hardware=prepared.hardware,
+        data=prepared.dataset.files,
+        metrics=metrics,
+        files=sorted(path for path in folder.adapter.rglob("*") if path.is_file()),
+        folder=folder.adapter,
+    )
+    publish(prepared.slot, folder.adapter, manifest)
+
+
+def _name_base_model(adapter_folder: Path, model_id: str, hub_revision: str | None) -> None:
+    """Name the base model in adapter_config.json as the user did, in place of the local path it was loaded from."""
+    path = adapter_folder / "adapter_config.json"
+    config = json.loads(path.read_bytes())
+    config["base_model_name_or_path"] = model_id
+    config["revision"] = hub_revision
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def publish(slot: Store, folder: Path, manifest: dict[str, Any]) -> None:
+    """Place the files that the manifest lists, from `folder`, then the manifest.
+
+    Raises UnavailableError when a file reads back differently. Up to the last moment the slot has no manifest, so a
+    publication that breaks off is none.
+    """
+    replaced = read_published(slot)
+    if replaced is not None:
+        slot.delete(MANIFEST_NAME)
+    names = [file["path"] for file in manifest["files"]]
+    for name in names:
+        slot.put(folder / name, name)
+    _read_back(slot, {file["path"]: file["sha256"] for file in manifest["files"]})
+    manifest_path = folder / MANIFEST_NAME
+    manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    slot.put(manifest_path, MANIFEST_NAME)
+    if slot.read(MANIFEST_NAME) != manifest_path.read_bytes():
+        slot.delete(MANIFEST_NAME)
+        raise UnavailableError(f"{slot.uri}: the manifest reads back differently from what was written")
+    if replaced is not None:
+        for stale in {file["path"] for file in replaced["files"]} - set(names):
+            slot.delete(stale)
+    total_bytes = sum(file["bytes"] for file in manifest["files"])
+    logger.info("published %d files, %s, at %s", len(names) + 1, format_bytes(total_bytes), slot.uri)
+
+
+def _read_back(slot: Store, expected_sha256: dict[str, str]) -> None:
+    stored = [file for file in slot.find() if file.path in expected_sha256]
+    missing = set(expected_sha256) - {file.path for file in stored}
+    if missing:
+        raise UnavailableError(f"{slot.uri}: {min(missing)} was written, and isn't there")
+    with tempfile.TemporaryDirectory(prefix="sft-job-read-back-") as folder:
+        paths = slot.fetch(stored, Path(folder), lambda _: None)
+        for file, path in zip(stored, paths, strict=True):
+            if hash_file(path) != expected_sha256[file.path]:
+                raise UnavailableError(f"{file.uri}: reads back differently from what was written")

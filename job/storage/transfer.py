@@ -1,0 +1,242 @@
+"""Downloads cut into segments over 8 threads, whatever the store: a `Source` yields bytes and verifies the result.
+
+A file is written under a temporary name, verified, synced and renamed; a broken segment or a damaged file is fetched
+again a few times. No temporary file outlives an error.
+"""
+
+import errno
+import os
+import random
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Protocol
+
+from job.errors import UnavailableError
+from job.storage import Progress
+from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_folder
+
+THREADS = 8
+TRIES = 4
+SEGMENT_BYTES = 16 * 2**20
+PIECE_BYTES = 2**20
+
+Task = Callable[[], "list[Task]"]  # does one thing, and returns what is to be done because of it
+
+
+class BrokenTransferError(Exception):
+    """Bytes that did not arrive whole or right: worth another try."""
+
+
+class _AbandonedError(Exception):
+    """Ends a thread whose download was given up; nobody waits for it."""
+
+
+class RestartTransferError(Exception):
+    """The source found that it must be cut into other segments."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an object that is fetched by one request: a range of bytes, or a part of a multipart object."""
+
+    index: int
+    start: int = 0
+    size_bytes: int | None = None  # None: as much as the answer holds
+    part_number: int | None = None
+
+
+class Source(Protocol):
+    """One object to download."""
+
+    label: str  # names the object in messages
+    size_bytes: int
+
+    def segments(self) -> list[Segment]:
+        """Cut the object into pieces that can be fetched on their own."""
+        ...
+
+    def stream(self, segment: Segment) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset in the file, bytes); raises BrokenTransferError or RestartTransferError."""
+        ...
+
+    def verify(self, path: Path) -> None:
+        """Raise BrokenTransferError unless the file is what the store holds."""
+        ...
+
+
+def retry_delay_s(tries: int) -> float:
+    """Return how long to wait after so many failed tries: exponential, with jitter."""
+    return min(8.0, 0.4 * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
+
+
+def run_tasks(tasks: list[Task], stop: threading.Event) -> None:
+    """Run the tasks, and those that they return, on 8 threads; the first error ends all and is raised.
+
+    On any exception, a signal handler's in the main thread too, `stop` is set, tasks not begun are dropped, and those
+    under way are not waited for.
+    """
+    finished: SimpleQueue[Future[list[Task]]] = SimpleQueue()
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="transfer")
+    try:
+        outstanding = 0
+        while True:
+            for task in tasks:
+                pool.submit(task).add_done_callback(finished.put)
+            outstanding += len(tasks)
+            if outstanding == 0:
+                break
+            tasks = finished.get().result()
+            outstanding -= 1
+    except BaseException:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
+    """Download every source to its path, all over the same 8 threads; no temporary file is left, whatever happens."""
+    stop = threading.Event()
+    downloads = [_Download(source, target, progress, stop) for source, target in sources]
+    try:
+        tasks: list[Task] = []
+        for one in downloads:
+            with disk_errors(one.target.parent, one.source.label):
+                one.target.parent.mkdir(parents=True, exist_ok=True)
+            tasks.extend(one.tasks())
+        run_tasks(tasks, stop)
+        for folder in {target.parent for _, target in sources}:
+            sync_folder(folder)
+    except BaseException:
+        stop.set()
+        for one in downloads:
+            one.abandon()
+        raise
+
+
+class _Download:
+    """One file on its way. Its segments run on several threads; the one that ends last verifies and renames."""
+
+    def __init__(self, source: Source, target: Path, progress: Progress, stop: threading.Event) -> None:
+        self.source = source
+        self.target = target
+        self._temporary = target.with_name(TEMPORARY_PREFIX + secrets.token_hex(8))
+        self._progress = progress
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._created = False
+        self._restart = False
+        self._remaining = 0
+        self._written_bytes = 0
+        self._damaged = 0
+
+    def tasks(self) -> list[Task]:
+        """Return the work, from the beginning."""
+        segments = self.source.segments()
+        self._restart, self._remaining, self._written_bytes = False, len(segments), 0
+        return [partial(self._run, segment) for segment in segments]
+
+    def abandon(self) -> None:
+        """Remove the temporary file; segments still under way can't bring it back."""
+        with self._lock:
+            self._stop.set()
+            self._temporary.unlink(missing_ok=True)
+
+    def _run(self, segment: Segment) -> list[Task]:
+        try:
+            written_bytes = 0 if self._restart else self._fetch(segment)
+        except RestartTransferError:
+            self._restart, written_bytes = True, 0
+        with self._lock:
+            self._written_bytes += written_bytes
+            self._remaining -= 1
+            last = self._remaining == 0
+        return self._finish() if last else []
+
+    def _fetch(self, segment: Segment) -> int:
+        tries = 0
+        while True:
+            written_bytes = 0
+            try:
+                for offset, piece in self.source.stream(segment):
+                    self._write(offset, piece)
+                    written_bytes += len(piece)
+                    self._progress(len(piece))
+                if segment.size_bytes not in (None, written_bytes):
+                    raise BrokenTransferError(f"{written_bytes} of {segment.size_bytes} bytes arrived")
+            except RestartTransferError:
+                self._progress(-written_bytes)
+                raise
+            except BrokenTransferError as error:
+                self._progress(-written_bytes)
+                tries += 1
+                self._wait_or_give_up(tries, error)
+            else:
+                self._write(0, b"")  # an empty object is a file too
+                return written_bytes
+
+    def _write(self, offset: int, piece: bytes) -> None:
+        with disk_errors(self.target.parent, self.source.label):
+            descriptor = self._open()
+            try:
+                view = memoryview(piece)
+                while view:
+                    count = os.pwrite(descriptor, view, offset)
+                    view, offset = view[count:], offset + count
+            finally:
+                os.close(descriptor)
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._stop.is_set():
+                raise _AbandonedError
+            if self._created:
+                return os.open(self._temporary, os.O_WRONLY)
+            descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._created = True
+        if self.source.size_bytes:
+            try:
+                # A disk that is too small is found now, not after the last gigabyte.
+                os.posix_fallocate(descriptor, 0, self.source.size_bytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without preallocation
+                    os.close(descriptor)
+                    raise
+        return descriptor
+
+    def _finish(self) -> list[Task]:
+        if self._restart:
+            self._progress(-self._written_bytes)
+            return self.tasks()
+        try:
+            if self._written_bytes != self.source.size_bytes:
+                raise BrokenTransferError(f"{self._written_bytes} of {self.source.size_bytes} bytes arrived")
+            self.source.verify(self._temporary)
+        except BrokenTransferError as error:
+            self._progress(-self._written_bytes)
+            self._damaged += 1
+            self._wait_or_give_up(self._damaged, error)
+            return self.tasks()
+        with disk_errors(self.target.parent, self.source.label):
+            descriptor = os.open(self._temporary, os.O_WRONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._temporary.replace(self.target)
+        return []
+
+    def _wait_or_give_up(self, tries: int, error: BrokenTransferError) -> None:
+        if tries >= TRIES:
+            raise UnavailableError(
+                f"{self.source.label}: {error}, {tries} times over",
+                hint="the network or the store damages what it sends; try again later",
+            )
+        if self._stop.wait(retry_delay_s(tries)):
+            raise _AbandonedError

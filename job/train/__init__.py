@@ -1,0 +1,1 @@
+"""The worker side: the only code that imports torch."""

@@ -1,0 +1,192 @@
+"""transformers' Trainer with every default that matters chosen on purpose, and the metrics of each logged step."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from job.errors import DivergedError
+from job.log import logger
+from job.plan import TrainPlan
+from job.train.dataset import IGNORED, Collate, StreamSampler, TokenRows
+
+
+def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
+    """Return the Trainer's arguments; those that stand here with a default's value do so because defaults change."""
+    return TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type=plan.scheduler,
+        warmup_steps=plan.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=plan.max_grad_norm,
+        optim="adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
+        bf16=plan.dtype == "bfloat16",  # on by default
+        fp16=plan.dtype == "float16",
+        use_cpu=plan.device == "cpu",
+        gradient_checkpointing=plan.gradient_checkpointing,  # on by default
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        average_tokens_across_devices=True,  # every supervised token of the global batch weighs the same
+        ddp_backend=("nccl" if plan.device == "cuda" else "gloo") if plan.processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,  # rows are memory-mapped and joined in microseconds
+        logging_strategy="steps",
+        logging_steps=plan.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # the default replaces a NaN by the average before it
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=plan.seed,
+    )
+
+
+class StreamTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that reads rows in the order of `StreamSampler`."""
+
+    def __init__(self, plan: TrainPlan, **kwargs: Any) -> None:
+        self._plan = plan
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: TokenRows | None = None) -> Sampler[int]:
+        return make_sampler(self._plan)
+
+
+def make_sampler(plan: TrainPlan) -> StreamSampler:
+    """Return the order of rows of the whole run; accelerate deals consecutive micro batches out to the processes."""
+    return StreamSampler(plan.train_rows, steps=plan.steps, global_batch_size=plan.global_batch_size, seed=plan.seed)
+
+
+class StepMetrics(TrainerCallback):  # type: ignore[misc]
+    """Writes every logged step to metrics.jsonl and the log, from rank 0, and stops all ranks when the loss leaves the
+    numbers."""
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        path: Path,
+        *,
+        rank: int,
+        lengths: np.ndarray,
+        remember_step: Callable[[int], None],
+    ) -> None:
+        self._plan = plan
+        self._path = path
+        self._is_writer = rank == 0
+        order = np.fromiter(make_sampler(plan), dtype=np.int64)
+        self._tokens_by_step = lengths[order].reshape(plan.steps, -1).sum(axis=1).cumsum()  # (steps,)
+        self._started_s = time.monotonic()
+        self._remember_step = remember_step
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens that all processes have learned from up to a step."""
+        return int(self._tokens_by_step[step - 1])
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._started_s = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remember the step, for the outcome."""
+        self._remember_step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """Record a step's metrics.
+
+        Raises DivergedError, on every rank alike, since the loss in `logs` is the average over all.
+        """
+        if "loss" not in logs:  # the summary at the end
+            return
+        step, loss, grad_norm = state.global_step, float(logs["loss"]), float(logs["grad_norm"])
+        elapsed_s = time.monotonic() - self._started_s
+        tokens = self.tokens(step)
+        if self._is_writer:
+            self._write(step, loss, grad_norm, float(logs["learning_rate"]), tokens, elapsed_s)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {step} of {self._plan.steps}: loss {loss}, gradient norm {grad_norm}, "
+                f"learning rate {logs['learning_rate']:.3g}",
+                hint=f"the likeliest cause is a learning rate that is too high: try "
+                f"SFT_TRAIN__LEARNING_RATE={self._plan.learning_rate / 4:.2g}",
+            )
+
+    def _write(
+        self, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int, elapsed_s: float
+    ) -> None:
+        record = {
+            "step": step,
+            "epoch": round(step * self._plan.global_batch_size / self._plan.train_rows, 4),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": tokens,
+            "elapsed_s": round(elapsed_s, 3),
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            # NaN isn't JSON
+            finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
+            file.write(json.dumps(finite) + "\n")
+        logger.info(
+            "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s  %.0f s left",
+            step,
+            self._plan.steps,
+            loss,
+            grad_norm,
+            learning_rate,
+            tokens / elapsed_s,
+            elapsed_s / step * (self._plan.steps - step),
+        )
+
+
+@torch.no_grad()
+def evaluate_loss(model: PeftModel, rows: TokenRows, plan: TrainPlan, collate: Collate, *, rank: int) -> float:
+    """Return the mean loss per supervised token over the rows, in nats, shared among the processes.
+
+    Each process must call it; all get the same number.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
+    was_training = model.training
+    model.eval()
+    mine = range(rank, len(rows), plan.processes)
+    for start in range(0, len(mine), plan.micro_batch_size):
+        batch = collate([rows[index] for index in mine[start : start + plan.micro_batch_size]])
+        labels = batch.pop("labels").to(device)[:, 1:]  # (B, T - 1)
+        with torch.autocast(device.type, dtype=getattr(torch, plan.dtype), enabled=plan.dtype != "float32"):
+            logits = model(**{name: values.to(device) for name, values in batch.items()}).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
+        )
+        sums += torch.tensor([loss.item(), (labels != IGNORED).sum().item()], dtype=torch.float64)
+    model.train(was_training)
+    if plan.processes > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()

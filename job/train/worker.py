@@ -1,0 +1,87 @@
+"""One worker process, started by `accelerate launch --module job.train.worker FOLDER JOB_PID`.
+
+It reads the plan from the folder, checks that it runs the way the plan says, trains, and writes how it ended to a file.
+"""
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import psutil
+
+from job.errors import INTERNAL, OK, RESOURCES, UNAVAILABLE, JobError
+from job.handover import RunFolder, WorkerInputs, WorkerOutcome, write_whole
+from job.log import logger, redact, setup_logging
+from job.plan import TrainPlan
+from job.processes import die_with_parent
+
+
+def main(folder: RunFolder, job_pid: int) -> int:
+    """Train, and leave a WorkerOutcome whatever happens; return the exit code."""
+    die_with_parent()
+    if psutil.Process(os.getppid()).ppid() != job_pid:  # the launcher died before the line above
+        return INTERNAL.code
+    rank = int(os.environ.get("RANK", "0"))
+    _redirect_output(folder, rank)
+    inputs = WorkerInputs.model_validate_json(folder.inputs.read_bytes())
+    setup_logging(inputs.log_format, inputs.log_level)
+    step = 0
+
+    def remember_step(finished: int) -> None:
+        nonlocal step
+        step = finished
+
+    code, message, hint = OK.code, "", ""
+    # Names that transformers 5 deprecates are the only ones that all of its versions in our range know.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        from job.train.run import train  # torch and transformers, seconds
+
+        plan = TrainPlan.model_validate_json(folder.plan.read_bytes())
+        train(plan, inputs, folder, rank=rank, remember_step=remember_step)
+    except JobError as error:
+        code, message, hint = error.exit_code.code, error.message, error.hint
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must learn of it
+        code, message, hint = _explain(error)
+        logger.error("%s", redact(traceback.format_exc()))
+    outcome = WorkerOutcome(rank=rank, code=code, message=message, hint=hint, step=step, time_s=time.time())
+    write_whole(folder.outcome(rank), outcome.model_dump_json())
+    return code
+
+
+def _redirect_output(folder: RunFolder, rank: int) -> None:
+    """Send everything that rank 0 says to the job's stderr, and everything that others say to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if rank == 0:
+        os.dup2(1, 2)
+        return
+    with folder.worker_log(rank).open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _explain(error: Exception) -> tuple[int, str, str]:
+    """Return code, message and hint for an error that no one foresaw by name."""
+    import torch
+    import torch.distributed as dist
+
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    smaller = "lower SFT_TRAIN__MICRO_BATCH_SIZE or SFT_DATA__MAX_LENGTH, or set SFT_TRAIN__GRADIENT_CHECKPOINTING=true"
+    if isinstance(error, torch.OutOfMemoryError):
+        return RESOURCES.code, f"out of GPU memory: {text}", smaller
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return RESOURCES.code, f"out of host memory: {text}", smaller
+    if isinstance(error, OSError) and error.errno == 28:
+        return RESOURCES.code, f"no space left on the disk: {text}", "give SFT_RUNTIME__WORK_DIR more room"
+    # gloo raises plain RuntimeErrors
+    if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
+        return UNAVAILABLE.code, f"another worker is out of reach: {text}", "see why it ended, above"
+    return INTERNAL.code, f"{type(error).__name__}: {text}", "please report it, with the traceback above"
+
+
+if __name__ == "__main__":
+    sys.exit(main(RunFolder(Path(sys.argv[1])), int(sys.argv[2])))

@@ -1,0 +1,150 @@
+"""The whole job through its command line: trained, published, read back, and not trained again."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from job_cli import SHOP, job_environment, run_job
+from seaweed import SeaweedFS
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+PUBLISHED = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "manifest.json",
+    "metrics.jsonl",
+    "plan.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def read_losses(slot: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (slot / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
+    seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    for file in tiny_model.iterdir():
+        s3_client.upload_file(str(file), bucket, f"models/tiny/{file.name}")
+    for name in ("train", "eval"):
+        s3_client.upload_file(str(SHOP / f"{name}.jsonl"), bucket, f"data/{name}/{name}.jsonl")
+    environment = job_environment(
+        tmp_path,
+        MODEL__ID=f"s3://{bucket}/models/tiny",
+        DATA__URI=f"s3://{bucket}/data/train/*.jsonl",
+        DATA__EVAL_URI=f"s3://{bucket}/data/eval/",
+        OUTPUT__URI=f"s3://{bucket}/out/{{run_id}}",
+        TRAIN__EPOCHS=1,
+        TRAIN__LEARNING_RATE=5e-3,
+    )
+    environment |= seaweed.environment()
+
+    first = run_job(environment)
+    assert first.code == 0, first.output
+    slot = first.outcome["output"]
+    assert slot == f"s3://{bucket}/out/{first.outcome['run_id']}"
+    prefix = slot.removeprefix(f"s3://{bucket}/") + "/"
+    listing = s3_client.list_objects_v2(Bucket=bucket, Prefix=prefix)["Contents"]
+    assert {item["Key"].removeprefix(prefix) for item in listing} == PUBLISHED
+    manifest = json.loads(s3_client.get_object(Bucket=bucket, Key=prefix + "manifest.json")["Body"].read())
+    assert {file["path"] for file in manifest["files"]} == PUBLISHED - {"manifest.json"}
+    assert manifest["run_id"] == first.outcome["run_id"]
+    assert manifest["metrics"]["eval_loss"] < manifest["metrics"]["eval_loss_base"]
+    assert manifest["metrics"]["steps"] == 10
+    assert [(data["uri"], data["rows"]) for data in manifest["data"]] == [
+        (f"s3://{bucket}/data/train/train.jsonl", 80),
+        (f"s3://{bucket}/data/eval/eval.jsonl", 12),
+    ]
+    config = json.loads(s3_client.get_object(Bucket=bucket, Key=prefix + "adapter_config.json")["Body"].read())
+    assert config["base_model_name_or_path"] == f"s3://{bucket}/models/tiny"
+    everything = first.output + json.dumps(manifest)
+    assert seaweed.secret_key not in everything
+    assert seaweed.access_key not in everything
+
+    second = run_job(environment)
+    assert second.code == 0, second.output
+    assert "already published" in second.output
+    assert "== training" not in second.output
+    again = s3_client.get_object(Bucket=bucket, Key=prefix + "manifest.json")["Body"].read()
+    assert json.loads(again) == manifest
+
+
+def test_the_published_adapter_gives_the_loss_that_the_manifest_names(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    slot = tmp_path / "slot"
+    ended = run_job(
+        job_environment(
+            tmp_path,
+            MODEL__ID=tiny_model,
+            DATA__URI=SHOP / "train.jsonl",
+            DATA__EVAL_URI=SHOP / "eval.jsonl",
+            OUTPUT__URI=slot,
+            TRAIN__EPOCHS=1,
+            TRAIN__LEARNING_RATE=5e-3,
+            MODEL__DTYPE="float32",
+        )
+    )
+    assert ended.code == 0, ended.output
+    metrics = json.loads((slot / "manifest.json").read_text())["metrics"]
+    tokenizer = AutoTokenizer.from_pretrained(slot)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+    rows = [json.loads(line) for line in (SHOP / "eval.jsonl").read_text().splitlines()]
+    # One row at a time, padded nowhere and joined to nothing: the job's own batching must not change the loss.
+    assert answers_loss(base, tokenizer, rows) == pytest.approx(metrics["eval_loss_base"], rel=1e-4)
+    model = PeftModel.from_pretrained(base, slot)
+    assert answers_loss(model, tokenizer, rows) == pytest.approx(metrics["eval_loss"], rel=1e-4)
+
+
+def answers_loss(model: object, tokenizer: object, rows: list[dict[str, str]]) -> float:
+    """The mean loss per token of the answers and their end-of-turn tokens, computed independently of the job."""
+    import torch
+
+    total, count = 0.0, 0
+    for row in rows:
+        asked = [{"role": "user", "content": row["prompt"]}]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(row["completion"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([prompt_ids + answer_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt_ids) :], reduction="sum").item()
+        count += len(answer_ids)
+    return total / count
+
+
+def test_two_processes_learn_what_one_learns(tiny_model: Path, tmp_path: Path) -> None:
+    losses = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        ended = run_job(
+            job_environment(
+                folder,
+                MODEL__ID=tiny_model,
+                MODEL__DTYPE="float32",
+                DATA__URI=SHOP / "train.jsonl",
+                OUTPUT__URI=folder / "slot",
+                LORA__DROPOUT=0,  # its random numbers are drawn by each process for itself
+                TRAIN__MAX_STEPS=12,
+                TRAIN__LEARNING_RATE=5e-3,
+                PARALLEL__PROCESSES=processes,
+            )
+        )
+        assert ended.code == 0, ended.output
+        manifest = json.loads((folder / "slot" / "manifest.json").read_text())
+        assert manifest["plan"]["processes"] == processes
+        assert manifest["plan"]["global_batch_size"] == 8
+        losses[processes] = [*read_losses(folder / "slot"), manifest["metrics"]["eval_loss"]]
+    assert len(losses[1]) == 13
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[1][-1] < losses[1][0] - 0.5

@@ -1,0 +1,64 @@
+"""Runs the job as its users do: `python -m job` in a process of its own, with nothing but environment variables."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+SHOP = ROOT / "tests" / "data" / "shop"
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: its exit code, all that it said, and what it wrote to the termination log."""
+
+    code: int
+    output: str
+    outcome: dict[str, Any]
+
+
+def job_environment(folder: Path, **settings: object) -> dict[str, str]:
+    """Return an environment for one job with work folder and termination log in `folder`.
+
+    `settings` are variables without their prefix, `TRAIN__MAX_STEPS=3`. Nothing of this machine's own configuration of
+    AWS, the Hub or the job is in it.
+    """
+    foreign = ("SFT_", "AWS_", "HF_", "CUDA_", "OMP_", "GOMP_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "AWS_CONFIG_FILE": str(folder / "no-aws-config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-aws-credentials"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "SFT_RUNTIME__WORK_DIR": str(folder / "work"),
+        "SFT_RUNTIME__TERMINATION_LOG": str(folder / "termination.json"),
+    }
+    return environment | {f"SFT_{name}": str(value) for name, value in settings.items()}
+
+
+def start_job(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    """Start `python -m job` and return the process; its stdout and stderr come as one stream."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "job", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_job(environment: dict[str, str], *arguments: str) -> Ended:
+    """Run `python -m job` to its end."""
+    log = Path(environment["SFT_RUNTIME__TERMINATION_LOG"])
+    log.unlink(missing_ok=True)
+    with start_job(environment, *arguments) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    outcome = json.loads(log.read_text()) if log.exists() else {}
+    return Ended(process.returncode, output, outcome)
