@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from job.prepared import Prepared
 
 
+_ALREADY_PUBLISHED = "is already published: nothing to do"
+
+
 class StopSignal(BaseException):
     """SIGTERM or SIGINT. Not an Exception, so that no library takes it for a failure of its own and goes on."""
 
 
-def run(settings: Settings, progress: Progress) -> None:
-    """Train and publish; do nothing when this very run is already published."""
+def run(settings: Settings, progress: Progress) -> str:
+    """Train and publish; do nothing when this very run is already published. Return what was done, for the outcome."""
+    from job.inputs import MODEL_FOLDER
     from job.launch import launch_workers
     from job.publish import publish_run
     from job.report import format_metrics
@@ -43,32 +47,34 @@ def run(settings: Settings, progress: Progress) -> None:
     with _own(settings.runtime.work_dir) as work_dir:
         prepared = prepare(settings, work_dir, progress)
         if prepared is None:
-            return
+            return _ALREADY_PUBLISHED
         _log_phase("fetching the base model")
-        model_folder = prepared.inputs.base_model.fetch(work_dir / "model")
+        prepared.inputs.base_model.fetch_weights(work_dir / MODEL_FOLDER)
 
         _log_phase("training")
-        folder = prepared.hand_over(work_dir / "run", model_folder)
+        folder = prepared.hand_over(work_dir / "run")
         launch_workers(prepared.plan, folder)
         progress.step = prepared.plan.steps
         logger.info("%s", format_metrics(folder.read_result()))
 
         _log_phase("publishing")
         publish_run(prepared, folder)
+        return "is published"
 
 
-def check(settings: Settings, progress: Progress) -> None:
+def check(settings: Settings, progress: Progress) -> str:
     """Do all that a run does before it fetches the weights and trains."""
     with _own(settings.runtime.work_dir) as work_dir:
-        if prepare(settings, work_dir, progress) is not None:
-            logger.info("check passed: nothing was trained, nothing was published")
+        if prepare(settings, work_dir, progress) is None:
+            return _ALREADY_PUBLISHED
+        return "is ready to train"
 
 
 def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared | None":
     """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published."""
     from job.dataset import prepare_dataset
     from job.hardware import find_hardware
-    from job.inputs import find_inputs
+    from job.inputs import MODEL_FOLDER, find_inputs
     from job.plan import make_plan, plan_parallel
     from job.prepared import Prepared
     from job.publish import check_slot, is_already_published, open_slot
@@ -83,17 +89,16 @@ def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared
     slot = open_slot(settings.output.uri, inputs.run_id)
     progress.run_id, progress.output = inputs.run_id, slot.uri
     if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite):
-        logger.info("run %s is already published at %s: nothing to do", inputs.run_id, slot.uri)
         return None
     slot.check_writable()
 
     _log_phase("tokenizing")
-    model_folder = inputs.base_model.fetch_configuration(work_dir / "model")
+    model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
     dataset = prepare_dataset(settings, inputs, model_folder, work_dir / "tokens")
     plan = make_plan(settings, parallel, dataset.facts)
     progress.total_steps = plan.steps
     logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan))
-    return Prepared(settings, hardware, inputs, dataset, plan, slot)
+    return Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot)
 
 
 def _log_phase(name: str) -> None:
@@ -135,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress = Progress()
     ending, message, hint = _execute(command, progress)
     if ending is OK:
-        message = "checked" if command == "check" else "published"
+        logger.info("run %s %s (%s)", progress.run_id, message, progress.output)
     else:
         logger.error("%s", message)
         if hint:
@@ -152,7 +157,7 @@ def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
     try:
         settings = load_settings()
         progress.output = settings.output.uri
-        {"run": run, "check": check}[command](settings, progress)
+        return OK, {"run": run, "check": check}[command](settings, progress), ""
     except StopSignal as stop:
         return PREEMPTED, f"stopped by {stop}: nothing is published", "start it again: it begins anew"
     except JobError as error:
@@ -164,7 +169,6 @@ def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
         return _internal(error)
     except Exception as error:  # noqa: BLE001 - the one place for what nobody foresaw
         return _internal(error)
-    return OK, "", ""
 
 
 def _internal(error: Exception) -> tuple[ExitCode, str, str]:
@@ -187,8 +191,10 @@ def _write_outcome(runtime: RuntimeSettings, outcome: str) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with the code for wrong settings, where argparse would end with 2."""
+        hint = "`sft-job --help` lists the commands; all else is set by SFT_* variables"
+        _write_outcome(load_runtime_settings(), format_outcome(CONFIG, message, hint, Progress()))
         self.print_usage(sys.stderr)
-        self.exit(CONFIG.code, f"{self.prog}: {message}\n")
+        self.exit(CONFIG.code, f"{self.prog}: {message}\nremedy: {hint}\n")
 
 
 def _parse(arguments: Sequence[str] | None) -> str:

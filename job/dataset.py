@@ -94,14 +94,18 @@ def _tokenize(
     files: Sequence[FetchedFile], tokenizer: "PreTrainedTokenizerBase", settings: DataSettings, target: Path
 ) -> TokenizedData:
     data = tokenize_files(
-        [(file.path, file.source.path) for file in files],
+        [(file.path, file.source.uri) for file in files],
         tokenizer,
         loss_on=settings.loss_on,
         target=target,
         report=lambda rows: logger.debug("%d rows read", rows),
     )
+    if data.eos_supervised_rows == 0:
+        logger.warning(
+            "no row ends in %s, which is what generation stops at: the model won't learn to stop", tokenizer.eos_token
+        )
     for name, shape, rows in zip(data.names, data.shapes, data.rows_per_file, strict=True):
-        logger.info("%s: %d rows of shape %s", name, rows, shape)
+        logger.info("%s: %d rows of shape %s", name, rows, shape or "unknown")
     return data
 
 

@@ -14,6 +14,7 @@ from job.storage import Store, StoredFile, open_store
 # Pickled weights (.bin, .pt) are never read. Mistral publishes its weights a second time as consolidated.safetensors.
 _MODEL_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 _DUPLICATE_WEIGHTS = "consolidated"
+MODEL_FOLDER = "model"  # in the work folder
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,18 @@ class BaseModel:
     files: tuple[StoredFile, ...]
 
     def fetch_configuration(self, folder: Path) -> Path:
-        """Fetch all but the weights, enough for tokenizing and planning; return the folder they lie in."""
-        return self._fetch([file for file in self.files if not _is_weights(file)], folder, "base model's configuration")
-
-    def fetch(self, folder: Path) -> Path:
-        """Fetch weights and configuration; return the folder they lie in."""
-        return self._fetch(list(self.files), folder, "base model")
-
-    def _fetch(self, files: list[StoredFile], folder: Path, label: str) -> Path:
-        total_bytes = sum(file.size_bytes for file in files)
-        with transfer_progress(label, total_bytes) as progress:
-            paths = self.store.fetch(files, folder, progress)
+        """Fetch all but the weights, enough for tokenizing and planning; return the folder that the model is in."""
+        files = [file for file in self.files if not _is_weights(file)]
+        paths = self._fetch(files, folder, "base model's configuration")
         return next(path.parent for path in paths if path.name == "config.json")
+
+    def fetch_weights(self, folder: Path) -> None:
+        """Fetch the weights, given the same folder, to where the configuration is."""
+        self._fetch([file for file in self.files if _is_weights(file)], folder, "base model")
+
+    def _fetch(self, files: list[StoredFile], folder: Path, label: str) -> list[Path]:
+        with transfer_progress(label, sum(file.size_bytes for file in files)) as progress:
+            return self.store.fetch(files, folder, progress)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def find_base_model(settings: ModelSettings) -> BaseModel:
     found = [file for file in store.find() if _is_model_file(file.path)]
     if not any(file.path == "config.json" for file in found):
         raise NotFoundError(
-            f"SFT_MODEL__ID={settings.id}: there is no config.json, so it isn't a model in Hugging Face's form"
+            f"SFT_MODEL__ID={settings.id}: there is no config.json, so it isn't a model in Hugging Face's form",
+            hint="name the folder or prefix that holds config.json itself",
         )
     if not any(_is_weights(file) for file in found):
         raise NotFoundError(
@@ -135,7 +137,8 @@ def find_inputs(settings: Settings, work_dir: Path) -> Inputs:
     Raises the stores' errors, DataError and ConfigError.
     """
     data_dir = work_dir / "data"
-    shutil.rmtree(data_dir, ignore_errors=True)
+    for leftover in (data_dir, work_dir / MODEL_FOLDER):  # of another run, with other files
+        shutil.rmtree(leftover, ignore_errors=True)
     base_model = find_base_model(settings.model)
     train = fetch_data(settings.data.uri, setting="SFT_DATA__URI", folder=data_dir / "train")
     evaluation = []

@@ -5,12 +5,13 @@ job, and the job ends all that remain.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from job import engines
-from job.errors import ERROR_BY_CODE, UNAVAILABLE, InternalError, JobError, ResourcesError
+from job.errors import ERROR_BY_CODE, PREEMPTED, UNAVAILABLE, InternalError, JobError, ResourcesError
 from job.handover import RunFolder
 from job.log import logger
 from job.plan import TrainPlan
@@ -19,6 +20,7 @@ from job.processes import adopt_orphans, child_pids, die_with_parent, end_descen
 _WORKER_MODULE = "job.train.worker"
 _GRACE_S = 10.0
 _LOG_TAIL_LINES = 40
+_CONSEQUENCES = (UNAVAILABLE.code, PREEMPTED.code)
 # The model is on the disk: workers need no credentials, so they get none.
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -89,11 +91,17 @@ def _worker_environment(plan: TrainPlan) -> dict[str, str]:
 def _raise_failure(plan: TrainPlan, folder: RunFolder, returncode: int, *, oom_killed: bool) -> None:
     outcomes = folder.read_outcomes()
     silent = sorted(set(range(plan.processes)) - {outcome.rank for outcome in outcomes})
-    # The first failure is the cause; a lost peer is never the cause where there is any other, a silent death included.
-    failed = sorted((o for o in outcomes if o.code != 0), key=lambda o: (o.code == UNAVAILABLE.code, o.time_s))
-    if failed and not (silent and failed[0].code == UNAVAILABLE.code):
+    # The first failure is the cause; a lost peer, or being ended because of it, is never the cause where there is any
+    # other, a silent death included.
+    failed = sorted((o for o in outcomes if o.code != 0), key=lambda o: (o.code in _CONSEQUENCES, o.time_s))
+    if failed and not (silent and failed[0].code in _CONSEQUENCES):
         first = failed[0]
         _log_tail(folder.worker_log(first.rank))
+        if first.code == PREEMPTED.code:
+            raise InternalError(
+                f"worker {first.rank} of {plan.processes} was ended by a SIGTERM from outside the job",
+                hint="to stop a job, send the signal to its first process",
+            )
         error: JobError = ERROR_BY_CODE[first.code](first.message, hint=first.hint)
         error.step = first.step
         raise error
@@ -104,6 +112,11 @@ def _raise_failure(plan: TrainPlan, folder: RunFolder, returncode: int, *, oom_k
                 hint="give the job more memory, or lower SFT_TRAIN__MICRO_BATCH_SIZE or SFT_DATA__MAX_LENGTH",
             )
         _log_tail(folder.launcher_log)
+        if returncode < 0:  # the workers died with it
+            raise InternalError(
+                f"the launcher of the {plan.processes} workers was killed by {signal.Signals(-returncode).name}",
+                hint="see what ended it: nothing in the job does",
+            )
         for rank in silent:
             _log_tail(folder.worker_log(rank))
         raise InternalError(

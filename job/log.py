@@ -28,10 +28,10 @@ _PROGRESS_INTERVAL_S = 10.0
 
 def redact(text: str) -> str:
     """Replace the values of the credential variables wherever they stand in a text."""
-    for name in _SECRET_VARIABLES:
-        value = os.environ.get(name, "")
-        if len(value) >= 4:  # a shorter one would blank out ordinary words
-            text = text.replace(value, "***")
+    secrets = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    for secret in sorted(secrets, key=len, reverse=True):  # a long one may hold a short one: minio123 and minio
+        if len(secret) >= 4:  # a shorter one would blank out ordinary words
+            text = text.replace(secret, "***")
     return text
 
 
@@ -50,11 +50,11 @@ class _JsonFormatter(logging.Formatter):
         event = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": redact(record.getMessage()),
         }
         if record.exc_info:
-            event["traceback"] = self.formatException(record.exc_info)
-        return redact(json.dumps(event, ensure_ascii=False))
+            event["traceback"] = redact(self.formatException(record.exc_info))
+        return json.dumps(event, ensure_ascii=False)
 
 
 def setup_logging(log_format: Literal["auto", "text", "json"], level: str) -> None:
@@ -86,7 +86,7 @@ def transfer_progress(label: str, total_bytes: int) -> Iterator[Callable[[int], 
         with lock:
             done_bytes += size_bytes
             if time.monotonic() >= next_line_s:
-                next_line_s += _PROGRESS_INTERVAL_S
+                next_line_s = time.monotonic() + _PROGRESS_INTERVAL_S
                 logger.info("%s: %s of %s", label, format_bytes(done_bytes), format_bytes(total_bytes))
 
     yield advance

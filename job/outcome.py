@@ -21,22 +21,22 @@ class Progress:
 
 
 def format_outcome(ending: ExitCode, message: str, hint: str, progress: Progress) -> str:
-    """Return the outcome as JSON, its message cut so that the whole stays within the limit."""
-    outcome = {
+    """Return the outcome as JSON, its longest texts cut so that the whole stays within the limit."""
+    outcome: dict[str, int | str | None] = {
         "code": ending.code,
         "name": ending.name,
         "message": redact(message),
-        "hint": redact(hint)[:500],
+        "hint": redact(hint),
         "run_id": progress.run_id,
         "step": progress.step,
         "total_steps": progress.total_steps,
         "output": progress.output,
     }
-    text = json.dumps(outcome)
-    while len(text) > _LIMIT_BYTES:
-        kept = len(str(outcome["message"])) * 9 // 10
-        outcome["message"] = str(outcome["message"])[:kept]
-        text = json.dumps(outcome)
+    while len(text := json.dumps(outcome)) > _LIMIT_BYTES:
+        # By their length as JSON: it writes a character outside ASCII as 6 bytes, or as 12.
+        longest = max(("message", "hint", "output"), key=lambda name: len(json.dumps(outcome[name])))
+        whole = str(outcome[longest])
+        outcome[longest] = whole[: len(whole) * 9 // 10]
     return text
 
 

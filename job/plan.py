@@ -208,11 +208,12 @@ def count_warmup_steps(warmup: float, steps: int) -> int:
     Raises ConfigError for a warmup that leaves no step at the full learning rate.
     """
     if warmup < 1:
-        return math.ceil(warmup * steps - 1e-9)
+        # The schedule starts at 0: without a step after the warmup, a run of one step would learn nothing.
+        return min(math.ceil(warmup * steps - 1e-9), steps - 1)
     if warmup >= steps:
         raise ConfigError(
             f"SFT_TRAIN__WARMUP={warmup:g}: the run has {steps} steps, so the learning rate would "
-            f"reach only {min(100, 100 * steps / warmup):.0f} % of SFT_TRAIN__LEARNING_RATE, at the last one",
+            f"reach only {100 * (steps - 1) / warmup:.0f} % of SFT_TRAIN__LEARNING_RATE, at the last one",
             hint=f"use SFT_TRAIN__WARMUP={max(1, steps // 10) if steps > 1 else 0}, or a ratio such as 0.1",
         )
     return int(warmup)

@@ -17,23 +17,24 @@ from job.storage import Store
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings, machine, inputs, data set and plan of one run, and the slot that its adapter goes to."""
+    """Settings, machine, inputs (the base model in `model_folder`), data set and plan of one run, and its slot."""
 
     settings: Settings
     hardware: Hardware
     inputs: Inputs
+    model_folder: Path
     dataset: Dataset
     plan: TrainPlan
     slot: Store
 
-    def hand_over(self, root: Path, model_folder: Path) -> RunFolder:
+    def hand_over(self, root: Path) -> RunFolder:
         """Write into a fresh folder what the workers need."""
         shutil.rmtree(root, ignore_errors=True)
         folder = RunFolder(root)
         folder.adapter.mkdir(parents=True)
         runtime, evaluation = self.settings.runtime, self.dataset.evaluation
         inputs = WorkerInputs(
-            model_folder=model_folder,
+            model_folder=self.model_folder,
             train_tokens=self.dataset.train.path,
             eval_tokens=None if evaluation is None else evaluation.path,
             pad_token_id=self.dataset.tokenizer.pad_token_id or 0,

@@ -48,12 +48,19 @@ def read_published(slot: Store) -> dict[str, Any] | None:
         manifest = json.loads(content)
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or "run_id" not in manifest or "files" not in manifest:
+    if not _is_manifest(manifest):
         raise ConfigError(
             f"SFT_OUTPUT__URI={slot.uri}: the {MANIFEST_NAME} there was not written by this job",
             hint="publish to another place",
         )
-    return manifest
+    published: dict[str, Any] = manifest
+    return published
+
+
+def _is_manifest(content: object) -> bool:
+    if not isinstance(content, dict) or "run_id" not in content or not isinstance(content.get("files"), list):
+        return False
+    return all(isinstance(file, dict) and "path" in file for file in content["files"])
 
 
 def is_already_published(slot: Store, run_id: str, *, overwrite: bool) -> bool:

@@ -28,12 +28,10 @@ DELIMITER = "__"
 
 
 def _refuse_credentials(uri: str) -> str:
-    # The value is kept out of the message by whoever prints it: see `_describe`.
-    if (
-        "://" in uri
-        and "@" in uri.split("://", 1)[1].split("/", 1)[0]
-        and ":" in uri.split("://", 1)[1].split("@", 1)[0]
-    ):
+    # The value is kept out of the message by whoever prints it: see `_describe`. A secret key may hold slashes, so the
+    # @ may stand anywhere.
+    rest = uri.split("://", 1)[1] if "://" in uri else ""
+    if ":" in rest.split("/", 1)[0] and "@" in rest:
         raise ValueError("credentials don't belong in a URI; use AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return uri
 
@@ -53,15 +51,13 @@ def _require_output_place(uri: str) -> str:
     return uri
 
 
-def _split_names(value: object) -> object:
-    if isinstance(value, str) and value != "all-linear":
-        return [name.strip() for name in value.split(",") if name.strip()]
-    return value
-
-
-def _require_names(value: object) -> object:
-    if value == []:
-        raise ValueError("names no module; use all-linear, or a list such as q_proj,v_proj")
+def _parse_target_modules(value: object) -> object:
+    if value in ("all-linear", ["all-linear"]):
+        return "all-linear"
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if not (isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)):
+        raise ValueError("must be all-linear, or names of modules such as q_proj,v_proj")
     return value
 
 
@@ -130,9 +126,9 @@ class LoraSettings(Group):
     dropout: float = Field(
         0.05, ge=0, lt=1, description="Dropout on the adapter's input", json_schema_extra=_unit("probability")
     )
-    target_modules: Annotated[
-        Literal["all-linear"] | list[str], BeforeValidator(_split_names), AfterValidator(_require_names)
-    ] = Field("all-linear", description="Modules that get an adapter: all-linear, or names separated by commas")
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_parse_target_modules)] = Field(
+        "all-linear", description="Modules that get an adapter: all-linear, or names separated by commas"
+    )
 
 
 class TrainSettings(Group):
@@ -142,12 +138,12 @@ class TrainSettings(Group):
         3.0, gt=0, le=1000, description="Passes over the training rows", json_schema_extra=_unit("epochs")
     )
     max_steps: int | None = Field(
-        None, ge=1, description="Optimizer steps, instead of epochs", json_schema_extra=_unit("steps")
+        None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs", json_schema_extra=_unit("steps")
     )
     learning_rate: float = Field(
         2e-4, gt=0, le=1, description="Peak learning rate", json_schema_extra=_unit("per step")
     )
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+    scheduler: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Course of the learning rate after warmup"
     )
     warmup: Annotated[float, AfterValidator(_require_whole_steps)] = Field(
@@ -270,6 +266,8 @@ def load_settings() -> Settings:
         settings = Settings()
     except ValidationError as error:
         problems += _describe(error)
+    if settings is not None:
+        problems += _contradictions(settings)
     if settings is None or problems:
         raise ConfigError(
             "; ".join(problems)
@@ -278,6 +276,16 @@ def load_settings() -> Settings:
             hint="`sft-job schema` lists every setting",
         )
     return settings
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """Return the pairs of settings of which one would be ignored."""
+    problems = []
+    if settings.data.eval_uri is not None and "eval_fraction" in settings.data.model_fields_set:
+        problems.append("SFT_DATA__EVAL_FRACTION: SFT_DATA__EVAL_URI names the held-out rows already; set one of them")
+    if settings.train.max_steps is not None and "epochs" in settings.train.model_fields_set:
+        problems.append("SFT_TRAIN__EPOCHS: SFT_TRAIN__MAX_STEPS says how long to train already; set one of them")
+    return problems
 
 
 def load_runtime_settings() -> RuntimeSettings:
@@ -358,12 +366,38 @@ def _describe(error: ValidationError) -> list[str]:
             for field in fields:
                 reasons[_variable(location[0], field)] = [f"must be set ({group.model_fields[field].description})"]
         elif kind == "extra_forbidden":
-            if not any(other.upper().startswith(name) for other in os.environ):  # else `_unknown_names` has said so
+            if not _is_set(name) and not _is_set_below(name):  # else `_unknown_names` has said so
                 reasons[name] = [f"unknown setting{_nearest(name)}"]
-        else:
-            shown = "" if "credentials" in problem["msg"] else f"={problem['input']}"
+        elif not (isinstance(problem["input"], dict) and _is_set_below(name)):  # SFT_LORA__R__X: likewise
+            shown = _show(problem["input"], problem["msg"])
             reasons.setdefault(name + shown, []).append(_reason(kind, problem["msg"], problem.get("ctx", {})))
-    return [f"{name}: {' or '.join(sorted(why))}" for name, why in reasons.items()]
+    return [f"{name}: {_join_reasons(why)}" for name, why in reasons.items()]
+
+
+def _is_set(name: str) -> bool:
+    return any(other.upper() == name for other in os.environ)
+
+
+def _is_set_below(name: str) -> bool:
+    return any(other.upper().startswith(name + DELIMITER) for other in os.environ)
+
+
+def _show(value: object, message: str) -> str:
+    """Return "=value", without what may be secret: a query string is where presigned URLs have their signature."""
+    if "credentials" in message or isinstance(value, dict):
+        return ""
+    text = str(value)
+    return f"={text.split('?', 1)[0]}?..." if "://" in text and "?" in text else f"={text}"
+
+
+def _join_reasons(reasons: list[str]) -> str:
+    """Join what the members of a union ask for: `must be at least 1 or auto`."""
+    first, *others = sorted(reasons)
+    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
+
+
+def _format_number(number: float) -> str:
+    return f"{int(number):,}" if number == int(number) else f"{number:g}"
 
 
 def _reason(kind: str, message: str, context: Mapping[str, Any]) -> str:
@@ -376,7 +410,7 @@ def _reason(kind: str, message: str, context: Mapping[str, Any]) -> str:
     }
     if kind in bounds:
         words, key = bounds[kind]
-        return f"must be {words} {context[key]:g}"
+        return f"must be {words} {_format_number(context[key])}"
     if kind == "literal_error":
         return f"must be {context['expected']}".replace("'", "")
     if kind in ("int_parsing", "int_type", "int_from_float"):

@@ -6,6 +6,7 @@ threads, each request pinned to the ETag that was listed, and the result is veri
 
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,8 +29,10 @@ from job.storage.transfer import (
     BrokenTransferError,
     RestartTransferError,
     Segment,
+    Task,
     download,
     retry_delay_s,
+    run_tasks,
 )
 
 if TYPE_CHECKING:
@@ -95,10 +98,16 @@ class S3Store:
         """Upload a file with SHA-256 checksums for the server to verify; one above 16 MiB in parts."""
         source.stat()  # a missing source is the caller's fault, not the store's
         key = self._slot_key(path)
-        with s3_errors(self.label_of(self._uri(key)), self.client):
-            self.client.upload_file(
-                str(source), self.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=_UPLOAD
-            )
+
+        def upload() -> list[Task]:
+            with s3_errors(self.label_of(self._uri(key)), self.client):
+                self.client.upload_file(
+                    str(source), self.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=_UPLOAD
+                )
+            return []
+
+        # On another thread, for boto3 lets no signal end an upload before its requests have timed out: 80 s.
+        run_tasks([upload], threading.Event())
 
     def read(self, path: str) -> bytes | None:
         """Return an object of the slot, or None where there is none."""

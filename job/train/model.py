@@ -40,7 +40,10 @@ def load_model(plan: TrainPlan, folder: Path) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, adapter)  # adapter weights in float32, whatever the base's precision
+    try:
+        model = get_peft_model(base, adapter)  # adapter weights in float32, whatever the base's precision
+    except ValueError as error:  # a module that is there, and isn't a linear layer
+        raise ConfigError(f"SFT_LORA__TARGET_MODULES: {error}", hint="name linear layers, or use all-linear") from error
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(
         "adapter: %s of %s parameters are trained (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
@@ -59,6 +62,20 @@ def _check_target_modules(base: nn.Module, plan: TrainPlan) -> None:
                 f"SFT_LORA__TARGET_MODULES={target}: the model has no such module",
                 hint=f"it has {', '.join(linear)}",
             )
+
+
+@torch.no_grad()
+def check_logits_are_finite(model: nn.Module, plan: TrainPlan, row: Row) -> None:
+    """Raise DivergedError for a base model that is broken before anything is learned."""
+    was_training = model.training
+    model.eval()
+    logits = _logits(model, [row], next(model.parameters()).device)  # (T, V)
+    model.train(was_training)
+    if not torch.isfinite(logits).all():
+        raise DivergedError(
+            f"SFT_MODEL__ID={plan.model_id}: its logits are NaN or infinite before the first step",
+            hint=f"its weights are damaged, or their numbers are beyond SFT_MODEL__DTYPE={plan.dtype}",
+        )
 
 
 @torch.no_grad()

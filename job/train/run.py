@@ -14,7 +14,7 @@ from job.handover import RunFolder, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.dataset import PadRows, TokenRows, join_rows
-from job.train.model import check_rows_stay_apart, load_model, save_adapter
+from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model, save_adapter
 from job.train.trainer import StepMetrics, StreamTrainer, evaluate_loss, training_arguments
 
 
@@ -35,6 +35,7 @@ def train(
 
     say("loading the base model")
     arguments = training_arguments(plan, folder.root / "scratch")  # starts the process group
+    transformers.set_seed(plan.seed)  # the adapter starts from random numbers; the Trainer would seed only afterwards
     model = load_model(plan, inputs.model_folder)
     metrics = StepMetrics(plan, folder.metrics, rank=rank, lengths=train_rows.lengths(), remember_step=remember_step)
     collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
@@ -43,6 +44,7 @@ def train(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     _check_promises(plan, trainer)
+    check_logits_are_finite(model, plan, train_rows[0])
     if plan.packing:
         check_rows_stay_apart(model, train_rows[0], train_rows[-1])
 

@@ -34,7 +34,8 @@ def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
         per_device_train_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         learning_rate=plan.learning_rate,
-        lr_scheduler_type=plan.scheduler,
+        # transformers' "constant" ignores the warmup
+        lr_scheduler_type="constant_with_warmup" if plan.scheduler == "constant" else plan.scheduler,
         warmup_steps=plan.warmup_steps,
         weight_decay=0.0,
         max_grad_norm=plan.max_grad_norm,
@@ -129,7 +130,9 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         tokens = self.tokens(step)
         if self._is_writer:
             self._write(step, loss, grad_norm, float(logs["learning_rate"]), tokens, elapsed_s)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        # In float16 the loss scale overflows now and then: the gradient is infinite, and that step is skipped.
+        is_overflow = self._plan.dtype == "float16"
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or is_overflow)):
             raise DivergedError(
                 f"step {step} of {self._plan.steps}: loss {loss}, gradient norm {grad_norm}, "
                 f"learning rate {logs['learning_rate']:.3g}",

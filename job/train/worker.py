@@ -4,15 +4,18 @@ It reads the plan from the folder, checks that it runs the way the plan says, tr
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
-from job.errors import INTERNAL, OK, RESOURCES, UNAVAILABLE, JobError
+from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, UNAVAILABLE, JobError
 from job.handover import RunFolder, WorkerInputs, WorkerOutcome, write_whole
 from job.log import logger, redact, setup_logging
 from job.plan import TrainPlan
@@ -25,6 +28,7 @@ def main(folder: RunFolder, job_pid: int) -> int:
     if psutil.Process(os.getppid()).ppid() != job_pid:  # the launcher died before the line above
         return INTERNAL.code
     rank = int(os.environ.get("RANK", "0"))
+    _leave_word_on_sigterm(folder, rank)
     _redirect_output(folder, rank)
     inputs = WorkerInputs.model_validate_json(folder.inputs.read_bytes())
     setup_logging(inputs.log_format, inputs.log_level)
@@ -50,6 +54,27 @@ def main(folder: RunFolder, job_pid: int) -> int:
     outcome = WorkerOutcome(rank=rank, code=code, message=message, hint=hint, step=step, time_s=time.time())
     write_whole(folder.outcome(rank), outcome.model_dump_json())
     return code
+
+
+def _leave_word_on_sigterm(folder: RunFolder, rank: int) -> None:
+    """On SIGTERM, write an outcome and end.
+
+    When a worker dies, torchrun ends the others in this way, which must not look as if they had died like it. A thread
+    waits for the signal, because Python's handlers wait for the main thread, and that may be deep in a CUDA or gloo
+    call.
+    """
+
+    def wait_for_it() -> NoReturn:
+        signal.sigwait({signal.SIGTERM})
+        outcome = WorkerOutcome(
+            rank=rank, code=PREEMPTED.code, message="ended by SIGTERM", hint="", step=0, time_s=time.time()
+        )
+        if not folder.outcome(rank).exists():  # else it has failed by itself, and is on its way out
+            write_whole(folder.outcome(rank), outcome.model_dump_json())
+        os._exit(PREEMPTED.code)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit it
+    threading.Thread(target=wait_for_it, name="sigterm", daemon=True).start()
 
 
 def _redirect_output(folder: RunFolder, rank: int) -> None:

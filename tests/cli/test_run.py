@@ -147,4 +147,4 @@ def test_two_processes_learn_what_one_learns(tiny_model: Path, tmp_path: Path) -
         losses[processes] = [*read_losses(folder / "slot"), manifest["metrics"]["eval_loss"]]
     assert len(losses[1]) == 13
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[1][-1] < losses[1][0] - 0.5
+    assert losses[1][-1] < losses[1][0] - 0.1

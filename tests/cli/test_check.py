@@ -1,0 +1,161 @@
+"""`sft-job check` and `sft-job schema`, and inputs from the Hub's stand-in, all through the command line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hub_stand_in import HubStandIn
+from job_cli import SHOP, job_environment, run_job
+from seaweed import SeaweedFS
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+BOUNDS = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+
+
+def read_plan(output: str) -> dict[str, list[str]]:
+    """Read the printed table: {name: [value, source]}."""
+    rows = [line.split(maxsplit=2) for line in output.splitlines() if line.startswith("  ")]
+    return {row[0]: row[1:] for row in rows if len(row) == 3}
+
+
+def test_check_prints_the_plan_and_leaves_no_trace(
+    seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    s3_client.upload_file(str(SHOP / "train.jsonl"), bucket, "data/train.jsonl")
+    environment = seaweed.environment() | job_environment(
+        tmp_path,
+        MODEL__ID=tiny_model,
+        DATA__URI=f"s3://{bucket}/data/train.jsonl",
+        OUTPUT__URI=f"s3://{bucket}/out/{{run_id}}",
+        LORA='{"r": 4}',
+        TRAIN__LEARNING_RATE=1e-3,
+        TRAIN__MAX_STEPS=7,
+    )
+    ended = run_job(environment, "check")
+    assert ended.code == 0, ended.output
+    assert (ended.outcome["code"], ended.outcome["name"]) == (0, "ok")
+    assert ended.outcome["total_steps"] == 7
+    assert ended.outcome["output"] == f"s3://{bucket}/out/{ended.outcome['run_id']}"
+    plan = read_plan(ended.output)
+    assert plan["steps"] == ["7", "SFT_TRAIN__MAX_STEPS"]
+    assert plan["learning_rate"] == ["0.001", "SFT_TRAIN__LEARNING_RATE"]
+    assert plan["lora_r"] == ["4", "SFT_LORA__R"]
+    assert plan["lora_alpha"] == ["8", "auto: 2r"]
+    assert plan["seed"] == ["42", "default"]
+    assert plan["train_rows"] == ["72", "data"]
+    assert plan["eval_rows"] == ["8", "data"]
+    assert plan["packing"] == ["True", "auto: llama keeps joined rows apart"]
+    assert ended.outcome["message"] == "is ready to train"
+    assert "== training" not in ended.output
+    assert "== fetching the base model" not in ended.output
+    assert not (tmp_path / "work" / "run").exists()
+    keys = [item["Key"] for item in s3_client.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert keys == ["data/train.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def hub_run(hub: HubStandIn, tiny_model: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The tiny model and the shop's rows on the stand-in: settings that name them, and their commits."""
+    hub.fail_next = hub.flip_next = hub.cut_next = 0
+    model = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
+    commits = {
+        "model": hub.add("models", "camellia/tiny-llama", model | {".gitattributes": b"*.safetensors filter=lfs\n"}),
+        "data": hub.add("datasets", "camellia/shop", {"data/train.jsonl": (SHOP / "train.jsonl").read_bytes()}),
+    }
+    settings = {
+        "SFT_MODEL__ID": "camellia/tiny-llama",
+        "SFT_DATA__URI": "hf://datasets/camellia/shop/data/*.jsonl",
+        "SFT_DATA__EVAL_FRACTION": "0",
+        "SFT_TRAIN__MAX_STEPS": "2",
+    }
+    return settings, commits
+
+
+def test_check_reads_the_hub_without_fetching_weights(
+    hub: HubStandIn, hub_run: tuple[dict[str, str], dict[str, str]], tmp_path: Path
+) -> None:
+    settings, commits = hub_run
+    environment = job_environment(tmp_path, OUTPUT__URI=tmp_path / "slot") | hub.environment(tmp_path / "hf")
+    hub.requests.clear()
+    ended = run_job(environment | settings, "check")
+    assert ended.code == 0, ended.output
+    plan = read_plan(ended.output)
+    assert plan["model_id"] == ["camellia/tiny-llama", "SFT_MODEL__ID"]
+    assert plan["model_revision"] == [commits["model"], "resolved"]
+    assert plan["train_rows"] == ["80", "data"]
+    assert any("/config.json" in request for request in hub.requests)
+    assert [request for request in hub.requests if ".safetensors" in request] == []
+    assert list((tmp_path / "slot").rglob("*")) == []
+
+
+def test_a_run_from_the_hub_names_the_commit_it_used(
+    hub: HubStandIn, hub_run: tuple[dict[str, str], dict[str, str]], tmp_path: Path
+) -> None:
+    settings, commits = hub_run
+    slot = tmp_path / "slot"
+    environment = job_environment(tmp_path, OUTPUT__URI=slot) | hub.environment(tmp_path / "hf")
+    ended = run_job(environment | settings | {"SFT_MODEL__REVISION": "main"})
+    assert ended.code == 0, ended.output
+    config = json.loads((slot / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "camellia/tiny-llama"
+    assert config["revision"] == commits["model"]
+    manifest = json.loads((slot / "manifest.json").read_text())
+    assert manifest["base_model"] == {"id": "camellia/tiny-llama", "revision": commits["model"]}
+    assert manifest["metrics"]["steps"] == 2
+    assert [(data["uri"], data["rows"]) for data in manifest["data"]] == [
+        (f"hf://datasets/camellia/shop@{commits['data']}/data/train.jsonl", 80)
+    ]
+
+
+def test_a_revision_that_the_hub_lacks(
+    hub: HubStandIn, hub_run: tuple[dict[str, str], dict[str, str]], tmp_path: Path
+) -> None:
+    settings, _ = hub_run
+    environment = job_environment(tmp_path, OUTPUT__URI=tmp_path / "slot") | hub.environment(tmp_path / "hf")
+    ended = run_job(environment | settings | {"SFT_MODEL__REVISION": "v9"}, "check")
+    assert ended.code == 66, ended.output
+    assert "camellia/tiny-llama@v9: no such revision" in ended.outcome["message"]
+    assert ended.outcome["hint"]
+    assert "Traceback" not in ended.output
+
+
+def test_schema_describes_every_setting(tmp_path: Path) -> None:
+    environment = job_environment(tmp_path)  # no settings are needed to print what they are
+    ended = run_job(environment, "schema")
+    assert ended.code == 0, ended.output
+    schema = json.loads(ended.output)
+    leaves = dict(find_leaves(schema))
+    assert {"model.id", "train.learning_rate", "runtime.work_dir"} <= set(leaves)
+    assert len(leaves) > 30
+    wrong = [f"{name}: {fault}" for name, leaf in leaves.items() for fault in find_faults(**leaf)]
+    assert wrong == []
+    required = {name for name, leaf in leaves.items() if leaf["is_required"]}
+    assert required == {"model.id", "data.uri", "output.uri"}
+    assert schema["additionalProperties"] is False
+
+
+def find_leaves(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each field of each group with its schema."""
+    for group, reference in schema["properties"].items():
+        definition = schema["$defs"][reference["$ref"].rsplit("/", 1)[1]]
+        assert definition["additionalProperties"] is False
+        for field, leaf in definition["properties"].items():
+            yield f"{group}.{field}", {"leaf": leaf, "is_required": field in definition.get("required", [])}
+
+
+def find_faults(leaf: dict[str, Any], *, is_required: bool) -> list[str]:
+    faults = []
+    if len(leaf.get("description", "")) < 10:
+        faults.append("no description")
+    if ("default" in leaf) == is_required:
+        faults.append("required with a default, or neither")
+    forms = leaf.get("anyOf", [leaf])
+    numbers = [form for form in forms if form.get("type") in ("integer", "number")]
+    if numbers and not leaf.get("unit"):
+        faults.append("a number without a unit")
+    faults += ["a number without bounds" for form in numbers for names in BOUNDS if not set(names) & set(form)]
+    return faults

@@ -1,0 +1,366 @@
+"""TERM and KILL of any process of the job in any phase: no process is left behind, and no manifest.
+
+The job is stopped where it says that it is: a line of its output announces each phase. Phases that are over in no time
+are held open by a server that does not answer.
+"""
+
+import json
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import psutil
+import pytest
+from job_cli import SHOP, TIMEOUT_S, job_environment, start_job
+from seaweed import SeaweedFS
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+GONE_WITHIN_S = 30.0  # what Kubernetes grants between SIGTERM and SIGKILL
+PHASES = ("reading the inputs", "tokenizing", "fetching the base model", "training", "publishing")
+
+
+class RunningJob:
+    """A job whose output is read while it runs; whatever is left of it ends with the `with` block."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.log = Path(environment["SFT_RUNTIME__TERMINATION_LOG"])
+        self.work_dir = environment["SFT_RUNTIME__WORK_DIR"]
+        self.process = start_job(environment)
+        self.output = ""
+        self._ended = False
+        self._grown = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        started = [*self.descendants(), *self.strays()]
+        self.process.kill()
+        for process in [*started, *self.strays()]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        self._reader.join()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._grown:
+                self.output += line
+                self._grown.notify_all()
+        with self._grown:
+            self._ended = True
+            self._grown.notify_all()
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the job has said this."""
+        with self._grown:
+            self._grown.wait_for(lambda: text in self.output or self._ended, timeout=TIMEOUT_S)
+            assert text in self.output, self.output
+
+    def descendants(self) -> list[psutil.Process]:
+        """Return all processes below the job, each known by its id and the time at which it was created."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def strays(self) -> list[psutil.Process]:
+        """Return launchers and workers of this job, whoever their parent is now."""
+        return [
+            process for process in psutil.process_iter() if any(self.work_dir in word for word in words_of(process))
+        ]
+
+    def worker(self, rank: int) -> psutil.Process:
+        """Return the worker process of a rank."""
+        workers = [process for process in self.descendants() if is_module(process, "job.train.worker")]
+        return next(process for process in workers if process.environ()["RANK"] == str(rank))
+
+    def launcher(self) -> psutil.Process:
+        """Return the process of `accelerate launch`."""
+        return next(process for process in self.descendants() if is_module(process, "accelerate.commands.launch"))
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
+
+
+def is_module(process: psutil.Process, module: str) -> bool:
+    words = words_of(process)
+    return ("-m", module) in pairwise(words)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(job: RunningJob, victim: int, number: signal.Signals, *, expected_code: int) -> dict[str, Any]:
+    """Send a signal to one process, see the job end with this code and nothing of it live on; return the outcome."""
+    before = job.descendants()
+    psutil.Process(victim).send_signal(number)
+    deadline_s = time.monotonic() + GONE_WITHIN_S
+    try:
+        job.process.wait(timeout=GONE_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the job still runs {GONE_WITHIN_S:g} s later; it said:\n{job.output}")
+    while alive := [process for process in {*before, *job.strays()} if is_alive(process)]:
+        assert time.monotonic() < deadline_s, f"left behind: {alive}\n{job.output}"
+        time.sleep(0.05)
+    assert job.process.returncode == expected_code, job.output
+    outcome: dict[str, Any] = json.loads(job.log.read_text()) if job.log.exists() else {}
+    if number == SIGKILL and victim == job.process.pid:
+        assert outcome == {}
+    else:
+        assert outcome["code"] == expected_code, outcome
+    return outcome
+
+
+def kill_parent(job: RunningJob, number: signal.Signals, *, phase: str) -> None:
+    """Send a signal to the job itself, and check that it ended in this phase as that signal asks."""
+    outcome = kill(job, job.process.pid, number, expected_code=-SIGKILL if number == SIGKILL else 75)
+    assert [name for name in PHASES if f"== {name}" in job.output][-1] == phase
+    if number != SIGKILL:
+        assert outcome["name"] == "preempted"
+        assert number.name in outcome["message"]
+        assert outcome["hint"]
+        assert "Traceback" not in job.output
+
+
+class StallingProxy:
+    """Stands before a server and passes everything on, but holds a connection for good at a request that matches."""
+
+    def __init__(self, server_port: int, pattern: bytes) -> None:
+        self.stalled = threading.Event()
+        self._pattern = re.compile(pattern)
+        self._server_port = server_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._peers: dict[socket.socket, socket.socket] = {}
+        self._clients: set[socket.socket] = set()
+        self._all: list[socket.socket] = [self._listener]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        for sock in self._all:
+            sock.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for sock in select.select([self._listener, *self._peers], [], [], 0.05)[0]:
+                if sock is self._listener:
+                    self._connect(sock.accept()[0])
+                elif sock in self._peers:
+                    self._pass_on(sock)
+
+    def _connect(self, client: socket.socket) -> None:
+        server = socket.create_connection(("127.0.0.1", self._server_port))
+        self._peers |= {client: server, server: client}
+        self._clients.add(client)
+        self._all += [client, server]
+
+    def _pass_on(self, sock: socket.socket) -> None:
+        peer = self._peers[sock]
+        try:
+            data = sock.recv(65536)
+            if sock in self._clients and self._pattern.search(data):
+                del self._peers[sock], self._peers[peer]
+                self.stalled.set()
+            elif data:
+                peer.sendall(data)
+            else:
+                raise ConnectionError
+        except ConnectionError:
+            for end in (sock, peer):
+                del self._peers[end]
+                end.close()
+
+
+# -- on the disk: tokenizing and training ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(tiny_model: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A job that trains for hours; afterwards there is no manifest."""
+    slot = tmp_path / "slot"
+    yield job_environment(
+        tmp_path, MODEL__ID=tiny_model, DATA__URI=SHOP / "train.jsonl", OUTPUT__URI=slot, TRAIN__MAX_STEPS=100_000
+    )
+    assert list(slot.rglob("manifest.json")) == []
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
+def test_parent_while_tokenizing(on_disk: dict[str, str], tmp_path: Path, number: signal.Signals) -> None:
+    data = tmp_path / "many.jsonl"
+    data.write_text((SHOP / "train.jsonl").read_text() * 500)
+    with RunningJob(on_disk | {"SFT_DATA__URI": str(data)}) as job:
+        job.wait_for("== tokenizing")
+        kill_parent(job, number, phase="tokenizing")
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
+def test_parent_while_workers_start(on_disk: dict[str, str], number: signal.Signals) -> None:
+    with RunningJob(on_disk) as job:
+        job.wait_for("== training")
+        kill_parent(job, number, phase="training")
+
+
+@pytest.mark.parametrize(("number", "processes"), [(SIGTERM, 2), (SIGKILL, 2), (SIGINT, 1)])
+def test_parent_while_training(on_disk: dict[str, str], number: signal.Signals, processes: int) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": str(processes)}) as job:
+        job.wait_for("step 1/")
+        assert len(job.descendants()) == 1 + processes
+        kill_parent(job, number, phase="training")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
+def test_worker(on_disk: dict[str, str], rank: int, number: signal.Signals) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": "2"}) as job:
+        job.wait_for("step 1/")
+        outcome = kill(job, job.worker(rank).pid, number, expected_code=70)
+    assert f"worker {rank} of 2 " in outcome["message"]
+    assert f"worker {1 - rank} of 2 " not in outcome["message"]
+    assert outcome["name"] == "internal"
+    assert outcome["hint"]
+
+
+def test_worker_whose_peer_is_ended_before_it_notices(on_disk: dict[str, str]) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": "2"}) as job:
+        job.wait_for("step 1/")
+        peer = job.worker(0)
+        peer.suspend()  # as if it were busy when the launcher sends it SIGTERM
+        waking = threading.Timer(1.5, peer.resume)
+        waking.start()
+        outcome = kill(job, job.worker(1).pid, SIGKILL, expected_code=70)
+        waking.join()
+    assert "worker 1 of 2 " in outcome["message"]
+    assert "worker 0 of 2 " not in outcome["message"]
+
+
+def test_launcher(on_disk: dict[str, str]) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": "2"}) as job:
+        job.wait_for("step 1/")
+        outcome = kill(job, job.launcher().pid, SIGKILL, expected_code=70)
+    assert "launcher" in outcome["message"]
+    assert "SIGKILL" in outcome["message"]
+    assert "worker 0" not in outcome["message"]  # both died because of it
+    assert outcome["hint"]
+
+
+# -- in S3, through a server that stops answering: reading, fetching and publishing ------------------------------------
+
+
+@contextmanager
+def on_s3(
+    seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tiny_model: Path, folder: Path, *, stall: str
+) -> Iterator[RunningJob]:
+    """Run a job with all of its files in S3 until it sends the request that is never answered."""
+    for file in tiny_model.iterdir():
+        s3_client.upload_file(str(file), bucket, f"model/{file.name}")
+    s3_client.upload_file(str(SHOP / "train.jsonl"), bucket, "data/train.jsonl")
+    environment = seaweed.environment() | job_environment(
+        folder,
+        MODEL__ID=f"s3://{bucket}/model",
+        DATA__URI=f"s3://{bucket}/data/train.jsonl",
+        DATA__EVAL_FRACTION=0,
+        OUTPUT__URI=f"s3://{bucket}/out",
+        TRAIN__MAX_STEPS=1,
+    )
+    port = int(seaweed.endpoint.rsplit(":", 1)[1])
+    with StallingProxy(port, stall.encode()) as proxy:
+        environment["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
+        with RunningJob(environment) as job:
+            assert proxy.stalled.wait(TIMEOUT_S), job.output
+            yield job
+    keys = [item["Key"] for item in s3_client.list_objects_v2(Bucket=bucket)["Contents"]]
+    assert "data/train.jsonl" in keys
+    assert [key for key in keys if key.endswith("manifest.json")] == []
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
+@pytest.mark.parametrize(
+    ("phase", "request_line"),
+    [
+        ("reading the inputs", "GET /[^ ]*/out/manifest.json"),
+        ("reading the inputs", "GET /[^ ]*/data/train.jsonl"),
+        ("tokenizing", "GET /[^ ]*/model/tokenizer.json"),
+        ("fetching the base model", "GET /[^ ]*/model/model.safetensors"),
+    ],
+)
+def test_parent_while_downloading(
+    seaweed: SeaweedFS,
+    s3_client: "S3Client",
+    bucket: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    phase: str,
+    request_line: str,
+    number: signal.Signals,
+) -> None:
+    with on_s3(seaweed, s3_client, bucket, tiny_model, tmp_path, stall=request_line) as job:
+        kill_parent(job, number, phase=phase)
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
+def test_parent_before_a_server_that_never_answers(
+    tiny_model: Path, tmp_path: Path, seaweed: SeaweedFS, number: signal.Signals
+) -> None:
+    environment = seaweed.environment() | job_environment(
+        tmp_path, MODEL__ID=tiny_model, DATA__URI="s3://bucket/train.jsonl", OUTPUT__URI=tmp_path / "slot"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with RunningJob(environment) as job:
+            job.wait_for("== reading the inputs")
+            with silent.accept()[0]:
+                kill_parent(job, number, phase="reading the inputs")
+    assert list((tmp_path / "slot").rglob("*")) == []
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
+def test_parent_while_publishing(
+    seaweed: SeaweedFS,
+    s3_client: "S3Client",
+    bucket: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    stall = "PUT /[^ ]*/out/adapter_model.safetensors"
+    with on_s3(seaweed, s3_client, bucket, tiny_model, tmp_path, stall=stall) as job:
+        time.sleep(2)  # until the whole request is under way: before that, boto3 itself ends it
+        kill_parent(job, number, phase="publishing")

@@ -1,0 +1,76 @@
+"""The README's tables are those that the code makes."""
+
+import pytest
+from docs import README, exit_codes_table, settings_table, update
+
+from job.errors import EXIT_CODES
+from job.settings import known_names
+
+MARKED = """# Title
+<!-- begin: exit codes -->
+replaced-text
+<!-- end: exit codes -->
+between
+<!-- begin: settings -->
+<!-- end: settings -->
+after
+"""
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if "`" in line]
+
+
+def test_the_readme_is_up_to_date() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert readme == update(readme), "run `make docs`"
+
+
+def test_every_exit_code_has_its_row() -> None:
+    assert [(row[0], row[1]) for row in rows(exit_codes_table())] == [
+        (str(code.code), f"`{code.name}`") for code in EXIT_CODES
+    ]
+    assert ["70", "`internal`", "a bug in the job", "retry, counted"] in rows(exit_codes_table())
+
+
+def test_every_setting_has_its_row() -> None:
+    names = [row[0].strip("` ") for row in rows(settings_table())]
+    assert names == [name for name in known_names() if "__" in name]
+
+
+@pytest.mark.parametrize(
+    ("variable", "default", "unit", "meaning"),
+    [
+        ("SFT_MODEL__ID", "required", "", "Base model: a Hub id"),
+        ("SFT_MODEL__REVISION", "not set", "", "Hub model"),
+        ("SFT_DATA__MAX_LENGTH", "`auto`", "tokens", "(8 to 1,048,576 or `auto`)"),
+        ("SFT_DATA__TRUNCATION", "`drop`", "", "(`drop`, `keep_start`)"),
+        ("SFT_LORA__DROPOUT", "`0.05`", "probability", "(at least 0, less than 1)"),
+        ("SFT_TRAIN__LEARNING_RATE", "`0.0002`", "per step", "(more than 0, at most 1)"),
+        ("SFT_TRAIN__MAX_STEPS", "not set", "steps", "(at least 1)"),
+        ("SFT_TRAIN__MAX_GRAD_NORM", "`1`", "L2 norm", "(more than 0, at most 1,000,000)"),
+        ("SFT_TRAIN__PACKING", "`auto`", "", "(`true`, `false` or `auto`)"),
+        ("SFT_OUTPUT__OVERWRITE", "`false`", "", "(`true`, `false`)"),
+        ("SFT_RUNTIME__WORK_DIR", "`/tmp/sft-job`", "", "one job at a time"),
+    ],
+)
+def test_a_row_says_what_a_setting_takes(variable: str, default: str, unit: str, meaning: str) -> None:
+    (row,) = [row for row in rows(settings_table()) if row[0] == f"`{variable}`"]
+    assert [cell.strip() for cell in row[1:3]] == [default, unit]
+    assert meaning in row[3]
+
+
+def test_update_replaces_what_stands_between_the_markers_and_nothing_else() -> None:
+    updated = update(MARKED)
+    assert "replaced-text" not in updated
+    assert exit_codes_table() in updated
+    assert settings_table() in updated
+    for kept in ("# Title\n", "\nbetween\n", "\nafter\n"):
+        assert kept in updated
+    assert update(updated) == updated
+
+
+@pytest.mark.parametrize("broken", ["", MARKED.replace("<!-- end: settings -->", ""), MARKED + MARKED])
+def test_update_refuses_missing_and_doubled_markers(broken: str) -> None:
+    with pytest.raises(ValueError, match="needs one"):
+        update(broken)

@@ -1,0 +1,152 @@
+"""The model that is trained: rows kept apart, adapters where they were asked for, and nothing broken written down."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from job.errors import ConfigError, DivergedError, InternalError
+from job.plan import TrainPlan
+from job.train.dataset import IGNORED, PadRows, Row, join_rows
+from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model, save_adapter
+from job.train.trainer import evaluate_loss
+
+PlanFor = Callable[..., TrainPlan]
+
+
+@pytest.fixture
+def plan(plan_for: PlanFor) -> TrainPlan:
+    return plan_for(TRAIN__GLOBAL_BATCH_SIZE=4, MODEL__DTYPE="float32")
+
+
+@pytest.fixture
+def model(plan: TrainPlan, tiny_model: Path) -> PeftModel:
+    return load_model(plan, tiny_model)
+
+
+def make_rows(*lengths: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(0, 40_000, (length,), generator=generator)
+        labels = torch.where(torch.arange(length) < length // 2, IGNORED, ids)
+        rows.append(Row(input_ids=ids, labels=labels))
+    return rows
+
+
+class SeesItsNeighbours(nn.Module):
+    """A model that places tokens by their position ids, and masks nothing by them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        # An explicit mask is what makes transformers not look for borders in the positions.
+        return self.inner(input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids))
+
+
+class IgnoresPositions(SeesItsNeighbours):
+    """A model without position ids at all."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self.inner(input_ids)
+
+
+@pytest.mark.parametrize("lengths", [(20, 30), (5, 200), (3, 2)])
+def test_a_llama_keeps_rows_apart(model: PeftModel, lengths: tuple[int, int]) -> None:
+    model.train()
+    check_rows_stay_apart(model, *make_rows(*lengths))
+    assert model.training
+
+
+@pytest.mark.parametrize("leaky", [SeesItsNeighbours, IgnoresPositions])
+@pytest.mark.parametrize("lengths", [(20, 30), (5, 200), (3, 2)])
+def test_a_model_that_does_not_is_refused(
+    model: PeftModel, leaky: type[SeesItsNeighbours], lengths: tuple[int, int]
+) -> None:
+    with pytest.raises(ConfigError, match="SFT_TRAIN__PACKING=true: joined rows see each other"):
+        check_rows_stay_apart(leaky(model), *make_rows(*lengths))
+
+
+def test_the_loss_is_the_same_joined_padded_and_alone(model: PeftModel, plan: TrainPlan) -> None:
+    rows: Any = make_rows(12, 31, 7, 18, 25)
+    joined = evaluate_loss(model, rows, plan, join_rows, rank=0)
+    padded = evaluate_loss(model, rows, plan, PadRows(0), rank=0)
+    alone, tokens = 0.0, 0
+    for row in rows:
+        loss = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.item()
+        supervised = int((row["labels"][1:] != IGNORED).sum())
+        alone, tokens = alone + loss * supervised, tokens + supervised
+    assert plan.micro_batch_size == 4  # more than one row at a time, and a rest
+    assert joined == pytest.approx(padded, rel=1e-5)
+    assert joined == pytest.approx(alone / tokens, rel=1e-5)
+
+
+def test_a_broken_base_model_is_refused_before_the_first_step(model: PeftModel, plan: TrainPlan) -> None:
+    (row,) = make_rows(9)
+    check_logits_are_finite(model, plan, row)
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight[3] = float("nan")
+    with pytest.raises(DivergedError, match="SFT_MODEL__ID=org/model"):
+        check_logits_are_finite(model, plan, row)
+
+
+def test_an_adapter_only_where_it_was_asked_for(plan_for: PlanFor, tiny_model: Path) -> None:
+    model = load_model(plan_for(LORA__TARGET_MODULES="q_proj,layers.0.mlp.up_proj", LORA__R=4), tiny_model)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert all("lora_" in name for name in trained)
+    places = {name.split(".lora_")[0].split("layers.")[1] for name in trained}
+    assert places == {"0.self_attn.q_proj", "1.self_attn.q_proj", "0.mlp.up_proj"}
+    assert {min(weight.shape) for weight in trained.values()} == {4}
+    assert not model.config.use_cache
+
+
+@pytest.mark.parametrize("target", ["c_attn", "proj", "q_proj,missing", "mlp"])
+def test_target_modules_that_cannot_be_adapted(plan_for: PlanFor, tiny_model: Path, target: str) -> None:
+    with pytest.raises(ConfigError, match="SFT_LORA__TARGET_MODULES") as raised:
+        load_model(plan_for(LORA__TARGET_MODULES=target), tiny_model)
+    assert target == "mlp" or "q_proj" in raised.value.hint
+
+
+def test_what_is_no_language_model_is_refused(plan: TrainPlan, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    with pytest.raises(ConfigError, match="SFT_MODEL__ID=org/model"):
+        load_model(plan, tmp_path)
+
+
+def learn(model: PeftModel, value: float) -> None:
+    name, weight = next((name, weight) for name, weight in model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        weight[0, 0] = value
+    assert weight.requires_grad, name
+
+
+def test_an_adapter_that_learned_is_saved_and_comes_back(
+    model: PeftModel, plan: TrainPlan, tiny_model: Path, tmp_path: Path
+) -> None:
+    learn(model, 0.5)
+    save_adapter(model, tmp_path)
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in tmp_path.iterdir()}
+    base = load_model(plan, tiny_model).unload()
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    ids = torch.arange(10)[None]
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_untouched_adapter_is_not_saved(model: PeftModel, tmp_path: Path) -> None:
+    with pytest.raises(InternalError, match="unchanged"):
+        save_adapter(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_adapter_is_not_saved(model: PeftModel, tmp_path: Path, value: float) -> None:
+    learn(model, value)
+    with pytest.raises(DivergedError, match=r"1 of 28 adapter weights .*lora_B"):
+        save_adapter(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
