@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from job.data import (
+    NOT_SUPERVISED,
     TokenizedData,
     choose_max_length,
     load_tokenizer,
@@ -56,9 +58,9 @@ def prepare_dataset(settings: Settings, inputs: Inputs, model_folder: Path, fold
         evaluation = _tokenize(inputs.evaluation, tokenizer, settings.data, folder / "eval.arrow")
     configuration = json.loads((model_folder / "config.json").read_bytes())
     max_length, source = _max_length(settings.data, train, read_context_tokens(configuration))
-    train_rows = _select(train, settings.data, max_length)
+    train_rows = _select(train, settings.data, max_length, setting="SFT_DATA__URI")
     if evaluation is not None:
-        eval_rows = _select(evaluation, settings.data, max_length)
+        eval_rows = _select(evaluation, settings.data, max_length, setting="SFT_DATA__EVAL_URI")
     else:
         fraction = None if settings.data.eval_fraction == "auto" else settings.data.eval_fraction
         train_rows, eval_rows = split_rows(train_rows, fraction=fraction, seed=settings.train.seed)
@@ -72,7 +74,7 @@ def prepare_dataset(settings: Settings, inputs: Inputs, model_folder: Path, fold
         train_rows=len(train_rows),
         eval_rows=len(eval_rows),
         train_tokens=int(np.minimum(train.lengths_tokens[train_rows], max_length).sum()),
-        supervised_tokens=int(train.supervised_tokens[train_rows].sum()),
+        supervised_tokens=_count_supervised(train, train_rows, max_length),
     )
     files = _describe_files(inputs.train, train)
     files += _describe_files(inputs.evaluation, evaluation) if evaluation is not None else []
@@ -121,7 +123,7 @@ def _max_length(settings: DataSettings, data: TokenizedData, context_tokens: int
     return settings.max_length, setting_source(settings, "max_length")
 
 
-def _select(data: TokenizedData, settings: DataSettings, max_length: int) -> NDArray[np.int64]:
+def _select(data: TokenizedData, settings: DataSettings, max_length: int, *, setting: str) -> NDArray[np.int64]:
     selection = select_rows(data, max_length=max_length, truncation=settings.truncation)
     total = len(data.lengths_tokens)
     if selection.dropped_too_long:
@@ -139,10 +141,20 @@ def _select(data: TokenizedData, settings: DataSettings, max_length: int) -> NDA
         )
     if len(selection.indices) == 0:
         raise DataError(
-            f"none of the {total} rows fits into {max_length} tokens; the shortest has {data.lengths_tokens.min()}",
+            f"{setting}: none of the {total} rows fits into {max_length} tokens, the shortest has "
+            f"{data.lengths_tokens.min()}",
             hint="raise SFT_DATA__MAX_LENGTH, or set SFT_DATA__TRUNCATION=keep_start",
         )
     return selection.indices
+
+
+def _count_supervised(data: TokenizedData, rows: NDArray[np.int64], max_length: int) -> int:
+    """Return the supervised tokens of the rows; of one that is cut, those before the cut."""
+    whole = rows[data.lengths_tokens[rows] <= max_length]
+    cut = rows[data.lengths_tokens[rows] > max_length]
+    labels = pa.ipc.open_file(pa.memory_map(str(data.path))).read_all()["labels"]
+    kept = (labels[int(row)].values.to_numpy()[1:max_length] for row in cut)
+    return int(data.supervised_tokens[whole].sum()) + sum(int((part != NOT_SUPERVISED).sum()) for part in kept)
 
 
 def _describe_files(files: Sequence[FetchedFile], data: TokenizedData) -> list[DataFile]:

@@ -86,7 +86,7 @@ def select_visible(found: list[tuple[str, Gpu]], visible: str | None) -> list[Gp
     if found and not chosen and visible.strip() not in ("", "-1", "none", "void", "NoDevFiles"):
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES={visible}: none of these GPUs exists here ({len(found)} found)",
-            hint="name GPUs from 0 on, or unset it",
+            hint="name GPUs by number from 0 on, or unset it; MIG instances aren't served yet",
         )
     return chosen
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from job import engines
 from job.errors import ERROR_BY_CODE, PREEMPTED, UNAVAILABLE, InternalError, JobError, ResourcesError
 from job.handover import RunFolder
-from job.log import logger
+from job.log import SECRET_VARIABLES, logger
 from job.plan import TrainPlan
 from job.processes import adopt_orphans, child_pids, die_with_parent, end_descendants
 
@@ -21,8 +21,6 @@ _WORKER_MODULE = "job.train.worker"
 _GRACE_S = 10.0
 _LOG_TAIL_LINES = 40
 _CONSEQUENCES = (UNAVAILABLE.code, PREEMPTED.code)
-# The model is on the disk: workers need no credentials, so they get none.
-_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def launch_workers(plan: TrainPlan, folder: RunFolder) -> None:
@@ -70,7 +68,8 @@ def _launch_command(plan: TrainPlan, folder: RunFolder) -> list[str]:
 
 
 def _worker_environment(plan: TrainPlan) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _CREDENTIALS}
+    # The model is on the disk: workers need no credentials, so they get none.
+    environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
     environment["OMP_NUM_THREADS"] = str(plan.threads_per_process)
     environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched before: a look-up now would be a mistake
     environment["TOKENIZERS_PARALLELISM"] = "false"

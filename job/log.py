@@ -16,7 +16,7 @@ from typing import Literal
 
 logger = logging.getLogger("sft_job")
 
-_SECRET_VARIABLES = (
+SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -28,7 +28,7 @@ _PROGRESS_INTERVAL_S = 10.0
 
 def redact(text: str) -> str:
     """Replace the values of the credential variables wherever they stand in a text."""
-    secrets = {os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    secrets = {os.environ.get(name, "") for name in SECRET_VARIABLES}
     for secret in sorted(secrets, key=len, reverse=True):  # a long one may hold a short one: minio123 and minio
         if len(secret) >= 4:  # a shorter one would blank out ordinary words
             text = text.replace(secret, "***")

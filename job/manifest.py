@@ -17,7 +17,12 @@ MANIFEST_NAME = "manifest.json"
 _SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "huggingface_hub", "boto3", "pyarrow")
 # How a run is spread, where its files are and how it talks don't change what is learned.
-_NOT_TRAINING = {"train": {"micro_batch_size", "logging_steps"}, "data": {"uri", "eval_uri"}}
+# The base model's revision counts as what it resolved to, the data as its content.
+_NOT_TRAINING = {
+    "model": {"revision"},
+    "data": {"uri", "eval_uri"},
+    "train": {"micro_batch_size", "gradient_checkpointing", "logging_steps"},
+}
 _TRAINING_GROUPS = ("model", "data", "lora", "train")
 
 

@@ -141,12 +141,13 @@ def plan_parallel(settings: Settings, hardware: Hardware) -> ParallelPlan:
     choices.put("threads_per_process", max(1, hardware.cpu_cores // processes), f"{hardware.cpu_cores} cores")
     _choose_dtype(choices, settings, hardware)
     _check_attention(settings, device)
+    micro = 1 if settings.train.micro_batch_size == "auto" else settings.train.micro_batch_size
     choices.take(
         "global_batch_size",
         settings.train,
         "global_batch_size",
-        auto=math.ceil(_DEFAULT_GLOBAL_BATCH_SIZE / processes) * processes,
-        why=f"{_DEFAULT_GLOBAL_BATCH_SIZE}, rounded up to a multiple of the processes",
+        auto=math.ceil(_DEFAULT_GLOBAL_BATCH_SIZE / (micro * processes)) * micro * processes,
+        why=f"{_DEFAULT_GLOBAL_BATCH_SIZE}, or the next multiple of micro batch x processes",
     )
     _check_batch_arithmetic(choices, settings)
     if settings.train.max_steps is not None:

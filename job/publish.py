@@ -86,7 +86,13 @@ def publish_run(prepared: Prepared, folder: RunFolder) -> None:
     plan, inputs, metrics = prepared.plan, prepared.inputs, folder.read_result()
     _name_base_model(folder.adapter, plan.model_id, inputs.base_model.hub_revision)
     prepared.dataset.tokenizer.save_pretrained(folder.adapter)
-    card = format_model_card(plan, run_id=inputs.run_id, job_version=job.__version__, metrics=metrics)
+    card = format_model_card(
+        plan,
+        run_id=inputs.run_id,
+        job_version=job.__version__,
+        metrics=metrics,
+        is_on_hub=inputs.base_model.hub_revision is not None,
+    )
     (folder.adapter / "README.md").write_text(card, encoding="utf-8")
     for source in (folder.plan, folder.metrics):
         shutil.copy(source, folder.adapter)
@@ -118,32 +124,31 @@ def publish(slot: Store, folder: Path, manifest: dict[str, Any]) -> None:
     Raises UnavailableError when a file reads back differently. Up to the last moment the slot has no manifest, so a
     publication that breaks off is none.
     """
+    names = [file["path"] for file in manifest["files"]]
     replaced = read_published(slot)
     if replaced is not None:
         slot.delete(MANIFEST_NAME)
-    names = [file["path"] for file in manifest["files"]]
+        for stale in {file["path"] for file in replaced["files"]} - set(names):
+            slot.delete(stale)
     for name in names:
         slot.put(folder / name, name)
-    _read_back(slot, {file["path"]: file["sha256"] for file in manifest["files"]})
+    _read_back(slot, {file["path"]: file["sha256"] for file in manifest["files"]}, folder.parent)
     manifest_path = folder / MANIFEST_NAME
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     slot.put(manifest_path, MANIFEST_NAME)
     if slot.read(MANIFEST_NAME) != manifest_path.read_bytes():
         slot.delete(MANIFEST_NAME)
         raise UnavailableError(f"{slot.uri}: the manifest reads back differently from what was written")
-    if replaced is not None:
-        for stale in {file["path"] for file in replaced["files"]} - set(names):
-            slot.delete(stale)
     total_bytes = sum(file["bytes"] for file in manifest["files"])
     logger.info("published %d files, %s, at %s", len(names) + 1, format_bytes(total_bytes), slot.uri)
 
 
-def _read_back(slot: Store, expected_sha256: dict[str, str]) -> None:
+def _read_back(slot: Store, expected_sha256: dict[str, str], scratch: Path) -> None:
     stored = [file for file in slot.find() if file.path in expected_sha256]
     missing = set(expected_sha256) - {file.path for file in stored}
     if missing:
         raise UnavailableError(f"{slot.uri}: {min(missing)} was written, and isn't there")
-    with tempfile.TemporaryDirectory(prefix="sft-job-read-back-") as folder:
+    with tempfile.TemporaryDirectory(prefix="read-back-", dir=scratch) as folder:
         paths = slot.fetch(stored, Path(folder), lambda _: None)
         for file, path in zip(stored, paths, strict=True):
             if hash_file(path) != expected_sha256[file.path]:

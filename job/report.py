@@ -54,10 +54,12 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def format_model_card(plan: TrainPlan, *, run_id: str, job_version: str, metrics: Mapping[str, Any]) -> str:
+def format_model_card(
+    plan: TrainPlan, *, run_id: str, job_version: str, metrics: Mapping[str, Any], is_on_hub: bool
+) -> str:
     """Return the adapter's README.md: what it is, how it was trained and how to use it."""
     front_matter = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, sft, sft-job]"]
-    if "://" not in plan.model_id and not plan.model_id.startswith(("/", ".", "~")):
+    if is_on_hub:
         front_matter.insert(1, f"base_model: {plan.model_id}")
     held_out = ""
     if "eval_loss" in metrics:

@@ -4,11 +4,8 @@
 `load_settings` reports all problems at once, and `sft-job schema` prints what stands here as JSON Schema.
 """
 
-import difflib
-import json
 import os
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
@@ -22,9 +19,7 @@ from pydantic_settings import (
 )
 
 from job.errors import ConfigError
-
-PREFIX = "SFT_"
-DELIMITER = "__"
+from job.settings_problems import DELIMITER, PREFIX, broken_groups, describe, unknown_names
 
 
 def _refuse_credentials(uri: str) -> str:
@@ -58,7 +53,7 @@ def _parse_target_modules(value: object) -> object:
         value = [name.strip() for name in value.split(",") if name.strip()]
     if not (isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)):
         raise ValueError("must be all-linear, or names of modules such as q_proj,v_proj")
-    return value
+    return sorted(set(value))
 
 
 def _require_whole_steps(warmup: float) -> float:
@@ -155,7 +150,7 @@ class TrainSettings(Group):
     )
     global_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
         "auto",
-        description="Sequences per optimizer step, over all processes; auto: 8 or the next multiple of the processes",
+        description="Sequences per optimizer step, over all processes; auto: 8, or the next that processes can share",
         json_schema_extra=_unit("sequences"),
     )
     micro_batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = Field(
@@ -250,7 +245,7 @@ class Settings(BaseSettings):
         """Read the environment only, without the groups whose JSON is broken: `load_settings` reports those itself,
         where the library would stop at the first."""
         environment = cast(EnvSettingsSource, env_settings)
-        broken = {name.lower() for name, _ in _broken_groups(os.environ)}
+        broken = {name.lower() for name in broken_groups(os.environ, settings_groups())}
         environment.env_vars = {name: value for name, value in environment.env_vars.items() if name not in broken}
         return (environment,)
 
@@ -260,12 +255,14 @@ def load_settings() -> Settings:
 
     Raises ConfigError with every problem found, one a line, each with the variable, its value and the remedy.
     """
-    problems = _unknown_names(os.environ) + [f"{name}: {reason}" for name, reason in _broken_groups(os.environ)]
+    groups = settings_groups()
+    problems = unknown_names(os.environ, groups)
+    problems += [f"{name}: {reason}" for name, reason in broken_groups(os.environ, groups).items()]
     settings = None
     try:
         settings = Settings()
     except ValidationError as error:
-        problems += _describe(error)
+        problems += describe(error, os.environ, groups)
     if settings is not None:
         problems += _contradictions(settings)
     if settings is None or problems:
@@ -289,134 +286,24 @@ def _contradictions(settings: Settings) -> list[str]:
 
 
 def load_runtime_settings() -> RuntimeSettings:
-    """Return the runtime group alone, or its defaults where it is wrong: an error in the settings is logged too."""
+    """Return the runtime group alone, with the default for each field that is wrong: that is still to be logged."""
 
     class RuntimeOnly(BaseSettings):
-        model_config = Settings.model_config | SettingsConfigDict(extra="ignore")
+        model_config = Settings.model_config
         runtime: RuntimeSettings = RuntimeSettings()
 
     try:
-        return RuntimeOnly().runtime
-    except (ValidationError, SettingsError):
+        given = EnvSettingsSource(RuntimeOnly)().get("runtime", {})
+        try:
+            return RuntimeSettings.model_validate(given)
+        except ValidationError as error:
+            wrong = {problem["loc"][0] for problem in error.errors()}
+            return RuntimeSettings.model_validate({name: value for name, value in given.items() if name not in wrong})
+    except SettingsError:  # the group's JSON is broken
         return RuntimeSettings()
 
 
-def known_names() -> list[str]:
-    """Return the variables of all groups and fields, `SFT_LORA`, `SFT_LORA__R` ..."""
-    names = []
-    for group, group_class in _groups().items():
-        names.append(_variable(group))
-        names += [_variable(group, field) for field in group_class.model_fields]
-    return names
-
-
-def _groups() -> dict[str, type[Group]]:
-    hints: dict[str, type[Group]] = {name: get_type_hints(Settings)[name] for name in Settings.model_fields}
-    return hints
-
-
-def _variable(*parts: str) -> str:
-    return PREFIX + DELIMITER.join(parts).upper()
-
-
-def _nearest(name: str) -> str:
-    """Return ", did you mean ...?" for a misspelt variable, or nothing; a forgotten group counts as a misspelling."""
-    known = known_names()
-    by_field = {other.split(DELIMITER)[-1]: other for other in reversed(known) if DELIMITER in other}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    last = name.removeprefix(PREFIX).split(DELIMITER)[-1]
-    near_field = [by_field[field] for field in difflib.get_close_matches(last, by_field, n=1, cutoff=0.7)]
-    candidates = near_field + near if DELIMITER not in name else near + near_field
-    return f", did you mean {candidates[0]}?" if candidates else ""
-
-
-def _unknown_names(environment: Mapping[str, str]) -> list[str]:
-    # Values are not shown: a misspelt name may well be a misplaced secret.
-    known = set(known_names())
-    names = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
-    return [f"{name}: unknown setting{_nearest(name.upper())}" for name in names]
-
-
-def _broken_groups(environment: Mapping[str, str]) -> list[tuple[str, str]]:
-    groups = {_variable(group) for group in Settings.model_fields}
-    broken = []
-    for name, value in environment.items():
-        if name.upper() not in groups or not value:
-            continue
-        try:
-            tree = json.loads(value)
-        except json.JSONDecodeError as error:
-            broken.append((name, f"must be one JSON object: {error.msg} at column {error.colno}"))
-            continue
-        if not isinstance(tree, dict):
-            broken.append((name, f'must be one JSON object, such as {{"field": value}}, not {type(tree).__name__}'))
-    return broken
-
-
-def _describe(error: ValidationError) -> list[str]:
-    """Turn pydantic's errors into lines `SFT_LORA__R=0: must be at least 1`, one for each variable."""
-    reasons: dict[str, list[str]] = {}
-    for problem in error.errors(include_url=False):
-        location = [str(part) for part in problem["loc"]]
-        name = _variable(*location[:2])
-        kind = problem["type"]
-        if kind == "missing":  # a field, or a group of which nothing is set
-            group = _groups()[location[0]]
-            fields = location[1:] or [field for field, info in group.model_fields.items() if info.is_required()]
-            for field in fields:
-                reasons[_variable(location[0], field)] = [f"must be set ({group.model_fields[field].description})"]
-        elif kind == "extra_forbidden":
-            if not _is_set(name) and not _is_set_below(name):  # else `_unknown_names` has said so
-                reasons[name] = [f"unknown setting{_nearest(name)}"]
-        elif not (isinstance(problem["input"], dict) and _is_set_below(name)):  # SFT_LORA__R__X: likewise
-            shown = _show(problem["input"], problem["msg"])
-            reasons.setdefault(name + shown, []).append(_reason(kind, problem["msg"], problem.get("ctx", {})))
-    return [f"{name}: {_join_reasons(why)}" for name, why in reasons.items()]
-
-
-def _is_set(name: str) -> bool:
-    return any(other.upper() == name for other in os.environ)
-
-
-def _is_set_below(name: str) -> bool:
-    return any(other.upper().startswith(name + DELIMITER) for other in os.environ)
-
-
-def _show(value: object, message: str) -> str:
-    """Return "=value", without what may be secret: a query string is where presigned URLs have their signature."""
-    if "credentials" in message or isinstance(value, dict):
-        return ""
-    text = str(value)
-    return f"={text.split('?', 1)[0]}?..." if "://" in text and "?" in text else f"={text}"
-
-
-def _join_reasons(reasons: list[str]) -> str:
-    """Join what the members of a union ask for: `must be at least 1 or auto`."""
-    first, *others = sorted(reasons)
-    return " or ".join([first, *(other.removeprefix("must be ") for other in others)])
-
-
-def _format_number(number: float) -> str:
-    return f"{int(number):,}" if number == int(number) else f"{number:g}"
-
-
-def _reason(kind: str, message: str, context: Mapping[str, Any]) -> str:
-    """Say what a value must be, in words that fit behind the variable's name."""
-    bounds = {
-        "greater_than_equal": ("at least", "ge"),
-        "greater_than": ("more than", "gt"),
-        "less_than_equal": ("at most", "le"),
-        "less_than": ("less than", "lt"),
-    }
-    if kind in bounds:
-        words, key = bounds[kind]
-        return f"must be {words} {_format_number(context[key])}"
-    if kind == "literal_error":
-        return f"must be {context['expected']}".replace("'", "")
-    if kind in ("int_parsing", "int_type", "int_from_float"):
-        return "must be a whole number"
-    if kind in ("float_parsing", "float_type", "finite_number"):
-        return "must be a number"
-    if kind in ("bool_parsing", "bool_type"):
-        return "must be true or false"
-    return message.removeprefix("Value error, ")
+def settings_groups() -> dict[str, type[Group]]:
+    """Return the groups by name."""
+    hints = get_type_hints(Settings)
+    return {name: hints[name] for name in Settings.model_fields}

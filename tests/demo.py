@@ -1,7 +1,7 @@
 """`make demo`: the job as a user would run it, on a real S3 server on loopback, with a real model and real data.
 
-Everything is kept in `.cache/demo`, so that a second run finds the first one's adapter published. SFT_* variables of the
-environment are passed on: `SFT_MODEL__ID=Qwen/Qwen2.5-0.5B-Instruct make demo` trains another base model.
+Everything is kept in `.cache/demo`, so that a second run finds the first one's adapter published. SFT_* variables are
+passed on: `SFT_MODEL__ID=Qwen/Qwen2.5-0.5B-Instruct make demo` trains another base model.
 """
 
 import json

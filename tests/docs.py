@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
 from job.errors import EXIT_CODES, KUBERNETES_ACTION  # noqa: E402
-from job.settings import DELIMITER, PREFIX, Settings  # noqa: E402
+from job.settings import Settings  # noqa: E402
+from job.settings_problems import DELIMITER, PREFIX  # noqa: E402
 
 README = ROOT / "README.md"
 

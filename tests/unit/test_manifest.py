@@ -28,7 +28,6 @@ def test_it_is_16_hex_digits_and_stable(load: Load) -> None:
 
 CHANGES = {
     "MODEL__ID": "org/other",
-    "MODEL__REVISION": "v2",
     "MODEL__DTYPE": "float32",
     "MODEL__ATTN_IMPLEMENTATION": "eager",
     "DATA__EVAL_FRACTION": "0.2",
@@ -47,13 +46,14 @@ CHANGES = {
     "TRAIN__GLOBAL_BATCH_SIZE": "16",
     "TRAIN__PACKING": "false",
     "TRAIN__MAX_GRAD_NORM": "2",
-    "TRAIN__GRADIENT_CHECKPOINTING": "true",
     "TRAIN__SEED": "1",
 }
 KEEPS = {
+    "MODEL__REVISION": "v2",  # counts as the commit that it resolves to
     "DATA__URI": "s3://elsewhere/train.jsonl",
     "DATA__EVAL_URI": "s3://elsewhere/eval.jsonl",
     "TRAIN__MICRO_BATCH_SIZE": "2",
+    "TRAIN__GRADIENT_CHECKPOINTING": "true",
     "TRAIN__LOGGING_STEPS": "1",
     "PARALLEL__ENGINE": "ddp",
     "PARALLEL__PROCESSES": "2",

@@ -83,7 +83,7 @@ def test_everything_is_read_back_before_the_manifest_is_written(tmp_path: Path, 
     assert read_published(store) == manifest
 
 
-def test_overwriting_takes_the_old_manifest_away_first_and_its_files_last(tmp_path: Path, slot: Path) -> None:
+def test_overwriting_takes_the_old_manifest_away_first_and_then_its_files(tmp_path: Path, slot: Path) -> None:
     old = make_run(tmp_path / "old", "one", {"kept": "1", "stale": "2"})
     new = make_run(tmp_path / "new", "two", {"kept": "3", "added": "4"})
     store = WatchedStore(slot)
@@ -91,8 +91,8 @@ def test_overwriting_takes_the_old_manifest_away_first_and_its_files_last(tmp_pa
     (slot / "foreign").write_text("someone else's")
     store.calls.clear()
     publish(store, tmp_path / "new", new)
-    assert store.calls[0] == ("delete", "manifest.json")
-    assert store.calls[-2:] == [("put", "manifest.json"), ("delete", "stale")]
+    assert store.calls[:2] == [("delete", "manifest.json"), ("delete", "stale")]
+    assert store.calls[-1] == ("put", "manifest.json")
     assert names(slot) == {"kept", "added", "foreign", "manifest.json"}
     assert (slot / "kept").read_text() == "3"
 
