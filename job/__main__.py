@@ -53,8 +53,10 @@ def run(settings: Settings, progress: Progress) -> str:
 
         _log_phase("training")
         folder = prepared.hand_over(work_dir / "run")
-        launch_workers(prepared.plan, folder)
-        progress.step = prepared.plan.steps
+        try:
+            launch_workers(prepared.plan, folder)
+        finally:
+            progress.step = folder.read_last_step()
         logger.info("%s", format_metrics(folder.read_result()))
 
         _log_phase("publishing")

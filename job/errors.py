@@ -48,7 +48,7 @@ INTERNAL = ExitCode(70, "internal", "a bug in the job", "retry")
 RESOURCES = ExitCode(
     71, "resources", "out of GPU memory, host memory or disk, after every smaller step was tried", "fail"
 )
-PREEMPTED = ExitCode(75, "preempted", "told to stop; a checkpoint is in the store", "retry_uncounted")
+PREEMPTED = ExitCode(75, "preempted", "told to stop before it was done; start it again", "retry_uncounted")
 DENIED = ExitCode(77, "denied", "credentials missing, refused or insufficient", "fail")
 CONFIG = ExitCode(78, "config", "a setting is wrong, unknown or impossible", "fail")
 DIVERGED = ExitCode(80, "diverged", "the loss became NaN or infinite, or exploded", "fail")

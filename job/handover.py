@@ -97,6 +97,12 @@ class RunFolder:
         found = [WorkerOutcome.model_validate_json(path.read_bytes()) for path in self.root.glob("outcome-*.json")]
         return sorted(found, key=lambda outcome: outcome.time_s)
 
+    def read_last_step(self) -> int | None:
+        """Return the last step that was logged, if any was."""
+        content = self.metrics.read_bytes() if self.metrics.exists() else b""
+        whole_lines = content[: content.rfind(b"\n") + 1].splitlines()  # a killed worker may have left half a line
+        return int(json.loads(whole_lines[-1])["step"]) if whole_lines else None
+
     def read_result(self) -> dict[str, Any]:
         """Return the final metrics."""
         result: dict[str, Any] = json.loads(self.result.read_bytes())

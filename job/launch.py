@@ -20,6 +20,7 @@ from job.processes import adopt_orphans, child_pids, die_with_parent, end_descen
 _WORKER_MODULE = "job.train.worker"
 _GRACE_S = 10.0
 _LOG_TAIL_LINES = 40
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CONSEQUENCES = (UNAVAILABLE.code, PREEMPTED.code)
 
 
@@ -68,8 +69,14 @@ def _launch_command(plan: TrainPlan, folder: RunFolder) -> list[str]:
 
 
 def _worker_environment(plan: TrainPlan) -> dict[str, str]:
-    # The model is on the disk: workers need no credentials, so they get none.
-    environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+    # The model is on the disk: workers need no credentials, so they get none. What another launcher (a training
+    # operator, say) has set would make a single worker wait for peers.
+    dropped = (*SECRET_VARIABLES, *_RENDEZVOUS)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in dropped and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+    }
     environment["OMP_NUM_THREADS"] = str(plan.threads_per_process)
     environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched before: a look-up now would be a mistake
     environment["TOKENIZERS_PARALLELISM"] = "false"

@@ -58,6 +58,7 @@ def train(
     started_s = time.monotonic()
     trained = trainer.train()
     elapsed_s = time.monotonic() - started_s
+    metrics.check_not_exploded()
     result |= {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,15 @@ def make_sampler(plan: TrainPlan) -> StreamSampler:
     return StreamSampler(plan.train_rows, steps=plan.steps, global_batch_size=plan.global_batch_size, seed=plan.seed)
 
 
+def has_exploded(losses: Sequence[float]) -> bool:
+    """Say whether a run's logged losses ended far above where they began: the mean of the last quarter lies more than
+    1 nat per token above that of the first. Fewer than 20 losses are too few to tell it from noise."""
+    quarter = len(losses) // 4
+    if len(losses) < 20:
+        return False
+    return sum(losses[-quarter:]) / quarter > sum(losses[:quarter]) / quarter + 1.0
+
+
 class StepMetrics(TrainerCallback):  # type: ignore[misc]
     """Writes every logged step to metrics.jsonl and the log, from rank 0, and stops all ranks when the loss leaves the
     numbers."""
@@ -98,6 +107,7 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         self._tokens_by_step = lengths[order].reshape(plan.steps, -1).sum(axis=1).cumsum()  # (steps,)
         self._started_s = time.monotonic()
         self._remember_step = remember_step
+        self._losses: list[float] = []
 
     def tokens(self, step: int) -> int:
         """Return the tokens that all processes have learned from up to a step."""
@@ -130,15 +140,27 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         tokens = self.tokens(step)
         if self._is_writer:
             self._write(step, loss, grad_norm, float(logs["learning_rate"]), tokens, elapsed_s)
+        self._losses.append(loss)
         # In float16 the loss scale overflows now and then: the gradient is infinite, and that step is skipped.
         is_overflow = self._plan.dtype == "float16"
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or is_overflow)):
             raise DivergedError(
                 f"step {step} of {self._plan.steps}: loss {loss}, gradient norm {grad_norm}, "
                 f"learning rate {logs['learning_rate']:.3g}",
-                hint=f"the likeliest cause is a learning rate that is too high: try "
-                f"SFT_TRAIN__LEARNING_RATE={self._plan.learning_rate / 4:.2g}",
+                hint=self._hint(),
             )
+
+    def check_not_exploded(self) -> None:
+        """Raise DivergedError when the run learned the opposite of what it was shown."""
+        if has_exploded(self._losses):
+            raise DivergedError(
+                f"the loss rose from {self._losses[0]:.2f} at the first step to {self._losses[-1]:.2f} at the last",
+                hint=self._hint(),
+            )
+
+    def _hint(self) -> str:
+        lower = self._plan.learning_rate / 4
+        return f"the likeliest cause is a learning rate that is too high: try SFT_TRAIN__LEARNING_RATE={lower:.2g}"
 
     def _write(
         self, step: int, loss: float, grad_norm: float, learning_rate: float, tokens: int, elapsed_s: float

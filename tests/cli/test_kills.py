@@ -363,4 +363,6 @@ def test_parent_while_publishing(
     stall = "PUT /[^ ]*/out/adapter_model.safetensors"
     with on_s3(seaweed, s3_client, bucket, tiny_model, tmp_path, stall=stall) as job:
         time.sleep(2)  # until the whole request is under way: before that, boto3 itself ends it
+        killed_s = time.monotonic()
         kill_parent(job, number, phase="publishing")
+        assert time.monotonic() - killed_s < 15  # it takes milliseconds; boto3's own end waits 20 s for the answer
