@@ -53,12 +53,12 @@ def _name_damage(name: str, kind: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: the {kind} file is damaged: {error}", hint="Upload it again.") from error
+        raise DataError(f"{name}: the {kind} file is damaged: {error}", hint="upload it again") from error
 
 
 def _check_columns(names: list[str], name: str) -> None:
     if twice := sorted({column for column in names if names.count(column) > 1}):
-        raise DataError(f"{name}: the column {', '.join(twice)} is there twice", hint="Name every column once.")
+        raise DataError(f"{name}: the column {', '.join(twice)} is there twice", hint="name every column once")
 
 
 def _convert(batch: Any) -> Iterator[dict[str, Any] | str]:

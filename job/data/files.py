@@ -63,7 +63,7 @@ def read_rows(path: Path, name: str) -> Iterator[Row | BadRow]:
         endings = ", ".join(READABLE)
         raise DataError(
             f"{name}: not a format that the job reads",
-            hint=f"Give files that end in {endings}; the text formats may also end in .gz or .zst.",
+            hint=f"give files that end in {endings}; the text formats may also end in .gz or .zst",
         )
     ending, compression = _split_ending(name)
     if ending in PARQUET:
@@ -225,7 +225,7 @@ def _skip_blanks(text: str, position: int) -> int:
 def _syntax_error(error: json.JSONDecodeError, name: str) -> DataError:
     return DataError(
         f"{name}:{error.lineno}: not valid JSON: {error.msg}, column {error.colno}",
-        hint="Mend the file there, or write one JSON object a line and name it .jsonl: then every bad line is listed.",
+        hint="mend the file there, or write one JSON object a line and name it .jsonl: then every bad line is listed",
     )
 
 

@@ -23,7 +23,7 @@ def read_lines(path: Path, name: str, compression: str | None) -> Iterator[tuple
     for number, line in enumerate(_split_lines(_read_chunks(path, name, compression)), start=1):
         if number == 1:
             if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise DataError(f"{name}: the file is UTF-16", hint="Save it as UTF-8.")
+                raise DataError(f"{name}: the file is UTF-16", hint="save it as UTF-8")
             yield 1, line.removeprefix(codecs.BOM_UTF8)
         else:
             yield number, line
@@ -35,7 +35,7 @@ def join_text(data: bytes, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{name}:{line}: not valid UTF-8: {error.reason}", hint="Save the file as UTF-8.") from error
+        raise DataError(f"{name}:{line}: not valid UTF-8: {error.reason}", hint="save the file as UTF-8") from error
 
 
 def _split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -63,7 +63,7 @@ def _read_chunks(path: Path, name: str, compression: str | None) -> Iterator[byt
 
     if path.stat().st_size == 0:
         # pyarrow takes it for an empty text, but no compressor writes nothing: an upload broke off.
-        raise DataError(f"{name}: an empty file is not a {compression} file", hint="Upload it again.")
+        raise DataError(f"{name}: an empty file is not a {compression} file", hint="upload it again")
     with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, compression) as stream:
         while chunk := _read_compressed(stream, name, compression):
             yield chunk
@@ -76,6 +76,6 @@ def _read_compressed(stream: Any, name: str, compression: str) -> bytes:
         data: bytes = stream.read(CHUNK_BYTES)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"{name}: the {compression} file is damaged or cut off: {error}", hint="Upload it again."
+            f"{name}: the {compression} file is damaged or cut off: {error}", hint="upload it again"
         ) from error
     return data

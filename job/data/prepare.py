@@ -241,13 +241,13 @@ def _fatal(error: FatalRowError, name: str, number: int) -> DataError:
 
 def _check(bad: _BadRows, rows_read: int, names: Sequence[str]) -> None:
     if rows_read == 0:
-        raise DataError(f"no rows in {', '.join(names[:SHOWN_BAD_ROWS]) or 'no files'}", hint="Check SFT_DATA__URI.")
+        raise DataError(f"no rows in {', '.join(names[:SHOWN_BAD_ROWS]) or 'no files'}", hint="check SFT_DATA__URI")
     if bad.count:
         shown = "\n  ".join(bad.shown)
         more = f"\n  and {bad.count - len(bad.shown):,} more" if bad.count > len(bad.shown) else ""
         raise DataError(
             f"{bad.count:,} of {rows_read:,} rows can't be trained on:\n  {shown}{more}",
-            hint="Mend or remove these rows.",
+            hint="mend or remove these rows",
         )
 
 

@@ -93,13 +93,13 @@ def _locate(
         raise FatalRowError(
             f"messages[{index}]: the chat template does not write an answer after its own generation prompt, so the "
             "supervised text can't be located",
-            hint="Use a chat template that marks its answers with {% generation %}.",
+            hint="use a chat template that marks its answers with {% generation %}",
         )
     raise FatalRowError(
         f"messages[{index}]: the chat template rewrites earlier turns when others follow, so the supervised text "
         "can't be located",
-        hint="Set SFT_DATA__LOSS_ON=completion (only the last answer is learned), or use a chat template that keeps "
-        "earlier turns or marks its answers with {% generation %}.",
+        hint="set SFT_DATA__LOSS_ON=completion (only the last answer is learned), or use a chat template that keeps "
+        "earlier turns or marks its answers with {% generation %}",
     )
 
 

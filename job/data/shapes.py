@@ -79,11 +79,11 @@ def find_shape(columns: Iterable[str], name: str) -> Shape:
     if fitting:
         raise DataError(
             f"{name}: the columns fit more than one shape: {', '.join(fitting)}",
-            hint=f"Keep the columns of one shape and rename or drop the others. Shapes: {accepted}.",
+            hint=f"keep the columns of one shape and rename or drop the others. Shapes: {accepted}",
         )
     there = ", ".join(f"`{column}`" for column in sorted(found)) or "none"
     raise DataError(
-        f"{name}: no known shape has the columns found: {there}", hint=f"Rename the columns to one of: {accepted}."
+        f"{name}: no known shape has the columns found: {there}", hint=f"rename the columns to one of: {accepted}"
     )
 
 
@@ -92,7 +92,7 @@ def check_loss_on(shape: Shape, loss_on: LossOn, name: str) -> None:
     if shape == "text" and loss_on in ("completion", "assistant"):
         raise ConfigError(
             f"SFT_DATA__LOSS_ON={loss_on}: the rows of {name} are plain text, without an answer in them",
-            hint="Use auto or all, or give prompt and completion columns.",
+            hint="use auto or all, or give prompt and completion columns",
         )
 
 
@@ -117,7 +117,7 @@ def to_example(values: Mapping[str, Any], shape: Shape, loss_on: LossOn, *, has_
     if not has_template:
         raise FatalRowError(
             "holds a conversation, but the base model's tokenizer has no chat template",
-            hint="Use an instruct model, or give prompt and completion columns that hold strings.",
+            hint="use an instruct model, or give prompt and completion columns that hold strings",
         )
     return _make_chat(_take_system(values), prompt, completion, loss_on)
 

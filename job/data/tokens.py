@@ -72,7 +72,7 @@ def _check_folder(folder: Path) -> Path:
 def _no_tokenizer(folder: Path, reason: str) -> ConfigError:
     return ConfigError(
         f"the base model in {folder} has no usable tokenizer: {reason}",
-        hint="Set SFT_MODEL__ID to a model whose folder holds tokenizer.json and tokenizer_config.json.",
+        hint="set SFT_MODEL__ID to a model whose folder holds tokenizer.json and tokenizer_config.json",
     )
 
 
@@ -228,6 +228,6 @@ def _get_eos(tokenizer: "PreTrainedTokenizerBase") -> int:
     if eos is None:
         raise ConfigError(
             "the base model's tokenizer names no EOS token, so the model could not learn to stop",
-            hint="Set SFT_MODEL__ID to a model whose tokenizer_config.json has eos_token.",
+            hint="set SFT_MODEL__ID to a model whose tokenizer_config.json has eos_token",
         )
     return int(eos)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from base_model import get_base_model
 from job_cli import SHOP, job_environment, run_job
 from seaweed import SeaweedFS
 
@@ -76,32 +77,69 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     assert json.loads(again) == manifest
 
 
-def test_the_published_adapter_gives_the_loss_that_the_manifest_names(tiny_model: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_a_real_model_learns_and_its_adapter_loads_from_the_bucket(
+    seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tmp_path: Path
+) -> None:
+    base_model = get_base_model()
+    rows = (SHOP / "eval.jsonl").read_text().splitlines()[::3]
+    s3_client.put_object(Bucket=bucket, Key="eval.jsonl", Body="\n".join(rows).encode())
+    s3_client.upload_file(str(SHOP / "train.jsonl"), bucket, "train.jsonl")
+    environment = job_environment(
+        tmp_path,
+        MODEL__ID=base_model,
+        MODEL__DTYPE="float32",
+        DATA__URI=f"s3://{bucket}/train.jsonl",
+        DATA__EVAL_URI=f"s3://{bucket}/eval.jsonl",
+        OUTPUT__URI=f"s3://{bucket}/out",
+        TRAIN__MAX_STEPS=8,
+        TRAIN__GLOBAL_BATCH_SIZE=4,
+        TRAIN__LEARNING_RATE=1e-3,
+    )
+    ended = run_job(environment | seaweed.environment())
+    assert ended.code == 0, ended.output
+    slot = tmp_path / "downloaded"
+    slot.mkdir()
+    for item in s3_client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"]:
+        s3_client.download_file(bucket, item["Key"], str(slot / item["Key"].removeprefix("out/")))
+    before, after = check_published_losses(slot, base_model, [json.loads(row) for row in rows])
+    assert after < before - 0.3
 
+
+def test_the_published_adapter_gives_the_loss_that_the_manifest_names(tiny_model: Path, tmp_path: Path) -> None:
     slot = tmp_path / "slot"
     ended = run_job(
         job_environment(
             tmp_path,
             MODEL__ID=tiny_model,
+            MODEL__DTYPE="float32",
             DATA__URI=SHOP / "train.jsonl",
             DATA__EVAL_URI=SHOP / "eval.jsonl",
             OUTPUT__URI=slot,
             TRAIN__EPOCHS=1,
             TRAIN__LEARNING_RATE=5e-3,
-            MODEL__DTYPE="float32",
+            TRAIN__PACKING="false",  # the real model's rows are joined, these are padded
         )
     )
     assert ended.code == 0, ended.output
+    rows = [json.loads(line) for line in (SHOP / "eval.jsonl").read_text().splitlines()]
+    before, after = check_published_losses(slot, tiny_model, rows)
+    assert after < before
+
+
+def check_published_losses(slot: Path, base_model: Path, rows: list[dict[str, str]]) -> tuple[float, float]:
+    """Load what was published, and compare the losses with and without it to those in its manifest."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     metrics = json.loads((slot / "manifest.json").read_text())["metrics"]
     tokenizer = AutoTokenizer.from_pretrained(slot)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
-    rows = [json.loads(line) for line in (SHOP / "eval.jsonl").read_text().splitlines()]
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype="float32")
     # One row at a time, padded nowhere and joined to nothing: the job's own batching must not change the loss.
-    assert answers_loss(base, tokenizer, rows) == pytest.approx(metrics["eval_loss_base"], rel=1e-4)
-    model = PeftModel.from_pretrained(base, slot)
-    assert answers_loss(model, tokenizer, rows) == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    before = answers_loss(base, tokenizer, rows)
+    after = answers_loss(PeftModel.from_pretrained(base, slot), tokenizer, rows)
+    assert before == pytest.approx(metrics["eval_loss_base"], rel=1e-4)
+    assert after == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    return before, after
 
 
 def answers_loss(model: object, tokenizer: object, rows: list[dict[str, str]]) -> float:
