@@ -50,6 +50,7 @@ def launch_workers(plan: TrainPlan, folder: RunFolder) -> None:
                 stdout=sys.stderr.fileno(),
                 stderr=launcher_log,
                 env=_worker_environment(plan),
+                start_new_session=True,  # Ctrl-C on a terminal reaches the job alone, which then ends the others
                 preexec_fn=tie_to_job,  # noqa: PLW1509 - nothing but two system calls happens in it
             )
             returncode = launcher.wait()

@@ -96,14 +96,15 @@ def job_environment(server: SeaweedFS) -> dict[str, str]:
 
 
 def run_job(environment: dict[str, str]) -> int:
-    """Run `python -m job`, to its end also when this process is told to stop."""
+    """Run `python -m job`, to its end also when this process is told to stop. (Ctrl-C tells both.)"""
     process = subprocess.Popen([sys.executable, "-m", "job"], env=environment, cwd=ROOT)
     try:
         return process.wait()
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         process.terminate()
-        process.wait()
         raise
+    finally:
+        process.wait()
 
 
 def download(client: "S3Client", prefix: str) -> Path:
