@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types docs lock clean
+.PHONY: help demo test test-gpu lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,11 @@ demo: $(INSTALLED) ## Train a small model on sample data from a local S3 server,
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED) ## Run the tests that need a GPU
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python -m pytest tests/gpu; \
+	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING of tests/gpu was run"; fi
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

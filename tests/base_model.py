@@ -30,16 +30,23 @@ def get_base_model() -> Path:
         converted = Path(scratch) / "converted"
         _download_gguf(Path(scratch), gguf_folder)
         _convert(gguf_folder, converted)
-        try:
-            converted.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
+        _rename_unless_there(converted, target)
     return target
 
 
-def make_tiny_model(target: Path) -> None:
-    """Write a random llama of two small layers with the real model's tokenizer: a second's work to train a step."""
+def get_tiny_model() -> Path:
+    """Return the folder of a random llama of two small layers with the real model's tokenizer, quick to train."""
+    target = CACHE / "tiny-llama-1"  # another number for another model, or the old one stays cached
+    if target.is_dir():
+        return target
+    get_base_model()
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        _make_tiny_model(Path(scratch) / "made")
+        _rename_unless_there(Path(scratch) / "made", target)
+    return target
+
+
+def _make_tiny_model(target: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -62,6 +69,14 @@ def make_tiny_model(target: Path) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _rename_unless_there(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
 
 
 def _download_gguf(scratch: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 # job.data keeps torch out of a process that doesn't have it yet; the tests of job.train need it in this one.
 import torch  # noqa: F401
-from base_model import get_base_model, make_tiny_model
+from base_model import get_base_model, get_tiny_model
 from hub_stand_in import HubStandIn
 from seaweed import SeaweedFS
 
@@ -74,8 +74,6 @@ def tokenizer_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama that trains in no time, with the real base model's tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    make_tiny_model(folder)
-    return folder
+def tiny_model() -> Path:
+    """A random llama that trains in no time, with the real base model's tokenizer. Not to be written to."""
+    return get_tiny_model()
