@@ -106,7 +106,7 @@ def publish_run(prepared: Prepared, folder: RunFolder) -> None:
         files=sorted(path for path in folder.adapter.rglob("*") if path.is_file()),
         folder=folder.adapter,
     )
-    publish(prepared.slot, folder.adapter, manifest)
+    publish(prepared.slot, folder.adapter, manifest, overwrite=prepared.settings.output.overwrite)
 
 
 def _name_base_model(adapter_folder: Path, model_id: str, hub_revision: str | None) -> None:
@@ -118,12 +118,15 @@ def _name_base_model(adapter_folder: Path, model_id: str, hub_revision: str | No
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def publish(slot: Store, folder: Path, manifest: dict[str, Any]) -> None:
+def publish(slot: Store, folder: Path, manifest: dict[str, Any], *, overwrite: bool) -> None:
     """Place the files that the manifest lists, from `folder`, then the manifest.
 
-    Raises UnavailableError when a file reads back differently. Up to the last moment the slot has no manifest, so a
-    publication that breaks off is none.
+    Raises ConfigError when another run was published there since this one began, and UnavailableError when a file reads
+    back differently. Up to the last moment the slot has no manifest, so a publication that breaks off is none.
     """
+    if is_already_published(slot, manifest["run_id"], overwrite=overwrite):
+        logger.warning("another start of this run was faster: it is published at %s", slot.uri)
+        return
     names = [file["path"] for file in manifest["files"]]
     replaced = read_published(slot)
     if replaced is not None:

@@ -76,7 +76,7 @@ def slot(tmp_path: Path) -> Path:
 def test_everything_is_read_back_before_the_manifest_is_written(tmp_path: Path, slot: Path) -> None:
     manifest = make_run(tmp_path / "run", "one", {"b.bin": "weights", "a.json": "{}", "sub/c": "x"})
     store = WatchedStore(slot)
-    publish(store, tmp_path / "run", manifest)
+    publish(store, tmp_path / "run", manifest, overwrite=True)
     assert store.calls[-1] == ("put", "manifest.json")
     assert sorted(store.calls[3:-1]) == [("fetch", "a.json"), ("fetch", "b.bin"), ("fetch", "sub/c")]
     assert names(slot) == {"b.bin", "a.json", "sub/c", "manifest.json"}
@@ -87,10 +87,10 @@ def test_overwriting_takes_the_old_manifest_away_first_and_then_its_files(tmp_pa
     old = make_run(tmp_path / "old", "one", {"kept": "1", "stale": "2"})
     new = make_run(tmp_path / "new", "two", {"kept": "3", "added": "4"})
     store = WatchedStore(slot)
-    publish(store, tmp_path / "old", old)
+    publish(store, tmp_path / "old", old, overwrite=True)
     (slot / "foreign").write_text("someone else's")
     store.calls.clear()
-    publish(store, tmp_path / "new", new)
+    publish(store, tmp_path / "new", new, overwrite=True)
     assert store.calls[:2] == [("delete", "manifest.json"), ("delete", "stale")]
     assert store.calls[-1] == ("put", "manifest.json")
     assert names(slot) == {"kept", "added", "foreign", "manifest.json"}
@@ -104,15 +104,15 @@ def test_what_reads_back_differently_is_not_published(
 ) -> None:
     if is_overwriting:
         old = make_run(tmp_path / "old", "one", {"a.json": "old"})
-        publish(WatchedStore(slot), tmp_path / "old", old)
+        publish(WatchedStore(slot), tmp_path / "old", old, overwrite=True)
     manifest = make_run(tmp_path / "run", "two", {"a.json": "{}", "b.bin": "weights"})
     store = WatchedStore(slot, **fault)
     with pytest.raises(UnavailableError, match=r"b\.bin|manifest"):
-        publish(store, tmp_path / "run", manifest)
+        publish(store, tmp_path / "run", manifest, overwrite=True)
     assert read_published(store) is None
     # Nothing stands in the way of the next try.
     (tmp_path / "run" / "damaged").unlink(missing_ok=True)
-    publish(WatchedStore(slot), tmp_path / "run", manifest)
+    publish(WatchedStore(slot), tmp_path / "run", manifest, overwrite=True)
     assert read_published(store) == manifest
 
 
@@ -138,7 +138,7 @@ def test_a_foreign_manifest_is_never_overwritten(tmp_path: Path, slot: Path, con
     for act in (
         lambda: check_slot(str(slot)),
         lambda: is_already_published(WatchedStore(slot), "one", overwrite=True),
-        lambda: publish(WatchedStore(slot), tmp_path / "run", manifest),
+        lambda: publish(WatchedStore(slot), tmp_path / "run", manifest, overwrite=True),
     ):
         with pytest.raises(ConfigError, match=r"was not written by this job"):
             act()
@@ -149,7 +149,7 @@ def test_a_foreign_manifest_is_never_overwritten(tmp_path: Path, slot: Path, con
 def test_the_same_run_another_run_and_none(tmp_path: Path, slot: Path) -> None:
     store = WatchedStore(slot)
     assert not is_already_published(store, "one", overwrite=False)
-    publish(store, tmp_path / "run", make_run(tmp_path / "run", "one", {"a.json": "{}"}))
+    publish(store, tmp_path / "run", make_run(tmp_path / "run", "one", {"a.json": "{}"}), overwrite=True)
     assert is_already_published(store, "one", overwrite=False)
     assert is_already_published(store, "one", overwrite=True)
     assert not is_already_published(store, "two", overwrite=True)
@@ -164,7 +164,19 @@ def test_the_run_id_is_filled_in_and_the_probe_leaves_nothing(tmp_path: Path) ->
 
 
 def test_the_manifest_is_json_for_people(tmp_path: Path, slot: Path) -> None:
-    publish(WatchedStore(slot), tmp_path / "run", make_run(tmp_path / "run", "ä", {"a": "1"}))
+    publish(WatchedStore(slot), tmp_path / "run", make_run(tmp_path / "run", "ä", {"a": "1"}), overwrite=True)
     text = (slot / "manifest.json").read_text(encoding="utf-8")
     assert '"run_id": "ä"' in text
     assert json.loads(text)["files"][0]["bytes"] == 1
+
+
+def test_a_run_that_came_later_touches_nothing_of_the_one_that_was_faster(tmp_path: Path, slot: Path) -> None:
+    faster = make_run(tmp_path / "faster", "one", {"a.json": "1"})
+    store = WatchedStore(slot)
+    publish(store, tmp_path / "faster", faster, overwrite=False)
+    store.calls.clear()
+    publish(store, tmp_path / "same", make_run(tmp_path / "same", "one", {"a.json": "1"}), overwrite=False)
+    with pytest.raises(ConfigError, match="run one is published there, and this is run two"):
+        publish(store, tmp_path / "other", make_run(tmp_path / "other", "two", {"a.json": "2"}), overwrite=False)
+    assert store.calls == []
+    assert read_published(store) == faster
