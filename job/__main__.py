@@ -137,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime = load_runtime_settings()
     setup_logging(runtime.log_format, runtime.log_level)
     if command == "schema":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sft-job schema | head` is no error
         print(json.dumps(Settings.model_json_schema(), indent=2))
         return OK.code
     progress = Progress()

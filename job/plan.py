@@ -209,8 +209,8 @@ def count_warmup_steps(warmup: float, steps: int) -> int:
     Raises ConfigError for a warmup that leaves no step at the full learning rate.
     """
     if warmup < 1:
-        # The schedule starts at 0: without a step after the warmup, a run of one step would learn nothing.
-        return min(math.ceil(warmup * steps - 1e-9), steps - 1)
+        # Rounded down, for transformers' schedule starts at 0: a warmup of a single step is a step without learning.
+        return int(warmup * steps)
     if warmup >= steps:
         raise ConfigError(
             f"SFT_TRAIN__WARMUP={warmup:g}: the run has {steps} steps, so the learning rate would "

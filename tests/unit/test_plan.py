@@ -121,7 +121,7 @@ def test_steps_cover_the_epochs(epochs: float, rows: int, global_batch: int, ste
 
 @pytest.mark.parametrize(
     ("warmup", "steps", "expected"),
-    [(0, 10, 0), (0.03, 100, 3), (0.03, 10, 1), (0.1, 30, 3), (1, 2, 1), (9, 10, 9), (0.03, 1, 0), (0.99, 3, 2)],
+    [(0, 10, 0), (0.03, 100, 3), (0.03, 30, 0), (0.1, 30, 3), (1, 2, 1), (9, 10, 9), (0.03, 1, 0), (0.99, 3, 2)],
 )
 def test_warmup(warmup: float, steps: int, expected: int) -> None:
     assert count_warmup_steps(warmup, steps) == expected
@@ -204,7 +204,7 @@ def test_every_value_has_its_source_and_is_shown(plan_for: PlanFor) -> None:
         "seed": (7, "SFT_TRAIN__SEED"),
         "model_id": ("org/model", "SFT_MODEL__ID"),
         "steps": (25, "2 epochs of the rows"),
-        "warmup_steps": (1, "default (0.03)"),
+        "warmup_steps": (0, "default (0.03)"),
         "model_revision": ("abc123", "resolved"),
     }
     values = plan.model_dump()
