@@ -49,14 +49,15 @@ class Dataset:
 def prepare_dataset(settings: Settings, inputs: Inputs, model_folder: Path, folder: Path) -> Dataset:
     """Tokenise the files with the base model's tokenizer, choose the maximum length and the rows, and split.
 
-    Raises DataError for rows that can't be learned from, ConfigError for a length beyond the model's context.
+    Raises DataError for rows that can't be learned from, ConfigError for a length beyond the model's context or a
+    broken configuration.
     """
+    configuration = _read_configuration(settings.model.id, model_folder)
     tokenizer = load_tokenizer(model_folder)
     train = _tokenize(inputs.train, tokenizer, settings.data, folder / "train.arrow")
     evaluation = None
     if inputs.evaluation:
         evaluation = _tokenize(inputs.evaluation, tokenizer, settings.data, folder / "eval.arrow")
-    configuration = json.loads((model_folder / "config.json").read_bytes())
     max_length, source = _max_length(settings.data, train, read_context_tokens(configuration))
     train_rows = _select(train, settings.data, max_length, setting="SFT_DATA__URI")
     if evaluation is not None:
@@ -68,7 +69,7 @@ def prepare_dataset(settings: Settings, inputs: Inputs, model_folder: Path, fold
         logger.warning("no rows are held out, so nothing shows whether the adapter learned or memorised")
     facts = DataFacts(
         model_revision=inputs.base_model.revision,
-        model_type=configuration.get("model_type", "unknown"),
+        model_type=str(configuration.get("model_type", "unknown")),
         max_length_tokens=max_length,
         max_length_source=source,
         train_rows=len(train_rows),
@@ -79,6 +80,18 @@ def prepare_dataset(settings: Settings, inputs: Inputs, model_folder: Path, fold
     files = _describe_files(inputs.train, train)
     files += _describe_files(inputs.evaluation, evaluation) if evaluation is not None else []
     return Dataset(tokenizer, train, evaluation, train_rows, eval_rows, facts, files)
+
+
+def _read_configuration(model_id: str, model_folder: Path) -> dict[str, object]:
+    try:
+        configuration = json.loads((model_folder / "config.json").read_bytes())
+    except ValueError as error:
+        configuration = error
+    if not isinstance(configuration, dict):
+        raise ConfigError(
+            f"SFT_MODEL__ID={model_id}: its config.json is not a JSON object", hint="fetch or upload the model again"
+        )
+    return configuration
 
 
 def read_context_tokens(configuration: dict[str, object]) -> int:

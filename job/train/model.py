@@ -4,14 +4,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from job.errors import ConfigError, DivergedError, InternalError
+from job.errors import ConfigError, DivergedError, InternalError, NotFoundError
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.dataset import Row, join_rows
 
+_UPLOAD_AGAIN = "its files are incomplete or damaged: fetch or upload them again"
 _PROOF_TOKENS = 128  # of each row
 # Relative difference of logits that rounding alone explains; a row that sees its neighbour differs by far more.
 _ISOLATION_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -20,17 +22,10 @@ _ISOLATION_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16
 def load_model(plan: TrainPlan, folder: Path) -> PeftModel:
     """Load the frozen base model from a folder and put a fresh adapter on it.
 
-    Raises ConfigError for target modules that the model doesn't have, or an architecture without a causal LM.
+    Raises ConfigError for target modules that the model doesn't have, or an architecture without a causal LM;
+    NotFoundError for weights that are damaged or incomplete.
     """
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, plan.dtype),
-            attn_implementation=plan.attn_implementation,
-            use_safetensors=True,  # never unpickle
-        )
-    except ValueError as error:
-        raise ConfigError(f"SFT_MODEL__ID={plan.model_id}: {error}", hint="use a causal language model") from error
+    base = _load_base(plan, folder)
     base.config.use_cache = False  # with a cache, joined rows would see each other
     _check_target_modules(base, plan)
     adapter = LoraConfig(
@@ -50,6 +45,28 @@ def load_model(plan: TrainPlan, folder: Path) -> PeftModel:
         "adapter: %s of %s parameters are trained (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
     )
     return model
+
+
+def _load_base(plan: TrainPlan, folder: Path) -> PreTrainedModel:
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, plan.dtype),
+            attn_implementation=plan.attn_implementation,
+            use_safetensors=True,  # never unpickle
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        raise ConfigError(f"SFT_MODEL__ID={plan.model_id}: {error}", hint="use a causal language model") from error
+    except (OSError, SafetensorError) as error:
+        raise NotFoundError(f"SFT_MODEL__ID={plan.model_id}: can't be loaded: {error}", hint=_UPLOAD_AGAIN) from error
+    # transformers fills in random numbers for weights that aren't there, and says so in a warning only.
+    if missing := sorted(report["missing_keys"]):
+        raise NotFoundError(
+            f"SFT_MODEL__ID={plan.model_id}: {len(missing)} of its weights are missing, {missing[0]} first",
+            hint=_UPLOAD_AGAIN,
+        )
+    return base
 
 
 def _check_target_modules(base: nn.Module, plan: TrainPlan) -> None:

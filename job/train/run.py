@@ -50,9 +50,8 @@ def train(
 
     result: dict[str, float | int] = {}
     if plan.eval_rows:
-        result["eval_loss_base"] = evaluate_loss(
-            model, eval_rows, plan, collate, rank=rank
-        )  # a fresh adapter adds nothing
+        # A fresh adapter adds nothing, so this is the base model's.
+        result["eval_loss_base"] = evaluate_loss(model, eval_rows, plan, collate, rank=rank)
         say("held-out loss of the base model: %.4f", result["eval_loss_base"])
     say("training")
     started_s = time.monotonic()

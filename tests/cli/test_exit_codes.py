@@ -219,6 +219,16 @@ def test_model_without_configuration(on_disk: dict[str, str], tiny_model: Path, 
     refuse(on_disk, 66, f"SFT_MODEL__ID={tmp_path / 'model'}", "no config.json")
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_model_with_a_broken_configuration(
+    on_disk: dict[str, str], tiny_model: Path, tmp_path: Path, content: str
+) -> None:
+    model = copy_model(tiny_model, tmp_path)
+    (model / "config.json").write_text(content)
+    on_disk["SFT_MODEL__ID"] = str(model)
+    refuse(on_disk, 78, f"SFT_MODEL__ID={model}", "config.json")
+
+
 def test_model_with_pickled_weights_only(on_disk: dict[str, str], tiny_model: Path, tmp_path: Path) -> None:
     model = copy_model(tiny_model, tmp_path)
     (model / "model.safetensors").rename(model / "pytorch_model.bin")

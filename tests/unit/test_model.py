@@ -1,5 +1,6 @@
 """The model that is trained: rows kept apart, adapters where they were asked for, and nothing broken written down."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from job.errors import ConfigError, DivergedError, InternalError
+from job.errors import ConfigError, DivergedError, InternalError, NotFoundError
 from job.plan import TrainPlan
 from job.train.dataset import IGNORED, PadRows, Row, join_rows
 from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model, save_adapter
@@ -158,3 +160,21 @@ def test_a_loss_that_ends_far_above_its_start_has_exploded() -> None:
     assert has_exploded(falling[::-1])
     assert not has_exploded([2.0, 3.5] * 20)  # noisy, and going nowhere
     assert not has_exploded([2.0] * 10 + [4.0] * 9)  # too few to tell
+
+
+def test_a_base_model_with_weights_missing_is_refused(plan: TrainPlan, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tiny_model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("1.mlp.up_proj.weight"))
+    rest = {other: weight for other, weight in weights.items() if other != name}
+    save_file(rest, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFoundError, match=f"1 of its weights are missing, {name} first"):
+        load_model(plan, tmp_path / "model")
+
+
+def test_a_base_model_whose_weights_are_cut_off_is_refused(plan: TrainPlan, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    whole = (tiny_model / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(NotFoundError, match="can't be loaded"):
+        load_model(plan, tmp_path / "model")
