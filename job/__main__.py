@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import job
@@ -23,6 +22,7 @@ from job.errors import CONFIG, INTERNAL, OK, PREEMPTED, RESOURCES, ConfigError, 
 from job.log import logger, setup_logging
 from job.outcome import Progress, format_outcome, write_termination_log
 from job.settings import RuntimeSettings, Settings, load_runtime_settings, load_settings
+from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals
 
 # Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is
 # reported in under a second.
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 
 _ALREADY_PUBLISHED = "is already published: nothing to do"
-
-
-class StopSignal(BaseException):
-    """SIGTERM or SIGINT. Not an Exception, so that no library takes it for a failure of its own and goes on."""
 
 
 def run(settings: Settings, progress: Progress) -> str:
@@ -155,13 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
     """Run a command; return how it ended, with message and hint."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    raise_on_stop_signals()
     try:
         settings = load_settings()
         progress.output = settings.output.uri
         return OK, {"run": run, "check": check}[command](settings, progress), ""
     except StopSignal as stop:
+        acknowledge_stop()
         return PREEMPTED, f"stopped by {stop}: nothing is published", "start it again: it begins anew"
     except JobError as error:
         progress.step = error.step if error.step is not None else progress.step
@@ -177,13 +173,6 @@ def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
 def _internal(error: Exception) -> tuple[ExitCode, str, str]:
     logger.exception("a bug in the job")
     return INTERNAL, f"{type(error).__name__}: {error}", "please report it, with the traceback above"
-
-
-def _stop(number: int, _: FrameType | None) -> NoReturn:
-    # A second signal stops at once; the kernel then ends the workers, which are tied to this process.
-    for again in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(again, lambda *_: os._exit(PREEMPTED.code))
-    raise StopSignal(signal.Signals(number).name)
 
 
 def _write_outcome(runtime: RuntimeSettings, outcome: str) -> None:

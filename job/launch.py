@@ -16,6 +16,7 @@ from job.handover import RunFolder
 from job.log import SECRET_VARIABLES, logger
 from job.plan import TrainPlan
 from job.processes import adopt_orphans, child_pids, die_with_parent, end_descendants
+from job.stopping import acknowledge_stop
 
 _WORKER_MODULE = "job.train.worker"
 _GRACE_S = 10.0
@@ -55,6 +56,7 @@ def launch_workers(plan: TrainPlan, folder: RunFolder) -> None:
             )
             returncode = launcher.wait()
     finally:
+        acknowledge_stop()  # ending the workers may take longer than a reminder
         end_descendants(spared=spared, grace_s=_GRACE_S)
     _raise_failure(plan, folder, returncode, oom_killed=_count_oom_kills() > oom_kills_before)
 

@@ -1,0 +1,73 @@
+"""A signal ends the job, at whatever moment it comes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Python ignores exceptions in both of these places, so the first StopSignal is lost there.
+IN_A_DESTRUCTOR = """
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), NUMBER)
+        time.sleep(0.01)
+Dying()
+"""
+IN_A_FORK_HOOK = """
+def hook():
+    os.kill(os.getpid(), NUMBER)
+    time.sleep(0.01)
+os.register_at_fork(before=hook)
+if os.fork() == 0:
+    os._exit(0)
+"""
+ANYWHERE_ELSE = "os.kill(os.getpid(), NUMBER)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", [IN_A_DESTRUCTOR, IN_A_FORK_HOOK, ANYWHERE_ELSE])
+def test_a_stop_is_not_lost(moment: str, number: signal.Signals) -> None:
+    script = f"""
+import os, signal, time
+from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals
+NUMBER = {int(number)}
+raise_on_stop_signals()
+try:
+{"".join(f"    {line}{chr(10)}" for line in moment.splitlines())}
+    time.sleep(60)
+except StopSignal as stop:
+    acknowledge_stop()
+    time.sleep(2.5)  # no reminder comes any more
+    print("stopped by", stop)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (ended.returncode, ended.stdout) == (0, f"stopped by {number.name}\n"), ended.stderr
+    assert ("Exception ignored" in ended.stderr) == (moment != ANYWHERE_ELSE)
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    script = """
+import os, signal, time
+from job.stopping import StopSignal, raise_on_stop_signals
+raise_on_stop_signals()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+except StopSignal:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=50)
+    assert ended.returncode == 75
