@@ -21,7 +21,8 @@ import job
 from job.errors import CONFIG, INTERNAL, OK, PREEMPTED, RESOURCES, ConfigError, ExitCode, JobError
 from job.log import logger, setup_logging
 from job.outcome import Progress, format_outcome, write_termination_log
-from job.settings import RuntimeSettings, Settings, load_runtime_settings, load_settings
+from job.settings import Settings, load_runtime_settings, load_settings
+from job.settings_groups import RuntimeSettings
 from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals
 
 # Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is

@@ -24,7 +24,8 @@ from job.inputs import FetchedFile, Inputs
 from job.log import logger
 from job.manifest import DataFile
 from job.plan import DataFacts, setting_source
-from job.settings import DataSettings, Settings
+from job.settings import Settings
+from job.settings_groups import DataSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,8 @@ from job.data import is_readable
 from job.errors import ConfigError, DataError, NotFoundError
 from job.log import format_bytes, logger, transfer_progress
 from job.manifest import hash_file, make_run_id
-from job.settings import ModelSettings, Settings
+from job.settings import Settings
+from job.settings_groups import ModelSettings
 from job.storage import Store, StoredFile, open_store
 
 # Pickled weights (.bin, .pt) are never read. Mistral publishes its weights a second time as consolidated.safetensors.
@@ -140,7 +141,11 @@ def find_inputs(settings: Settings, work_dir: Path) -> Inputs:
     for leftover in (data_dir, work_dir / MODEL_FOLDER):  # of another run, with other files
         shutil.rmtree(leftover, ignore_errors=True)
     base_model = find_base_model(settings.model)
-    train = fetch_data(settings.data.uri, setting="SFT_DATA__URI", folder=data_dir / "train")
+    train = [
+        file
+        for index, source in enumerate(settings.data.uri)
+        for file in fetch_data(source.uri, setting="SFT_DATA__URI", folder=data_dir / f"train-{index}")
+    ]
     evaluation = []
     if settings.data.eval_uri is not None:
         evaluation = fetch_data(settings.data.eval_uri, setting="SFT_DATA__EVAL_URI", folder=data_dir / "eval")

@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "huggi
 # The base model's revision counts as what it resolved to, the data as its content.
 _NOT_TRAINING = {
     "model": {"revision"},
-    "data": {"uri", "eval_uri"},
+    "data": {"uri", "eval_uri", "bad_rows", "max_bad_fraction", "max_dropped_fraction"},
     "train": {"micro_batch_size", "gradient_checkpointing", "logging_steps"},
 }
 _TRAINING_GROUPS = ("model", "data", "lora", "train")

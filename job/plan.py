@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from job.errors import ConfigError
 from job.hardware import Hardware
 from job.log import logger
-from job.settings import Group, Settings
+from job.settings import Settings
+from job.settings_fields import Group
 
 _DEFAULT_GLOBAL_BATCH_SIZE = 8
 _MAX_AUTO_MICRO_BATCH_SIZE = 8
@@ -292,7 +293,8 @@ def _check_batch_arithmetic(choices: _Choices, settings: Settings) -> None:
 def _choose_schedule(choices: _Choices, settings: Settings, train_rows: int, global_batch_size: int) -> None:
     train = settings.train
     if train.max_steps is None:
-        steps, source = count_steps(train.epochs, train_rows, global_batch_size), f"{train.epochs:g} epochs of the rows"
+        epochs = 3 if train.epochs == "auto" else train.epochs
+        steps, source = count_steps(epochs, train_rows, global_batch_size), f"{epochs:g} epochs of the rows"
     else:
         steps, source = train.max_steps, setting_source(train, "max_steps")
     choices.put("steps", steps, source)

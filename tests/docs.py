@@ -74,7 +74,7 @@ def _setting_row(variable: str, about: dict[str, Any], is_required: bool) -> lis
 
 
 def _default(value: object) -> str:
-    if value is None:
+    if value is None or value in ([], {}):
         return "not set"
     if isinstance(value, bool):
         value = str(value).lower()

@@ -10,7 +10,7 @@ from job.errors import DataError
 if TYPE_CHECKING:
     from job.data.prepare import TokenizedData
 
-Truncation = Literal["drop", "keep_start"]
+Truncation = Literal["drop", "split", "keep_start"]
 
 LENGTH_STEP_TOKENS = 64
 AUTO_EVAL_MIN_ROWS = 50

@@ -45,7 +45,7 @@ def test_every_setting_has_its_row() -> None:
         ("SFT_MODEL__ID", "required", "", "Base model: a Hub id"),
         ("SFT_MODEL__REVISION", "not set", "", "Hub model"),
         ("SFT_DATA__MAX_LENGTH", "`auto`", "tokens", "(8 to 1,048,576 or `auto`)"),
-        ("SFT_DATA__TRUNCATION", "`drop`", "", "(`drop`, `keep_start`)"),
+        ("SFT_DATA__TRUNCATION", "`drop`", "", "(`drop`, `split`, `keep_start`)"),
         ("SFT_LORA__DROPOUT", "`0.05`", "probability", "(at least 0, less than 1)"),
         ("SFT_TRAIN__LEARNING_RATE", "`0.0002`", "per step", "(more than 0, at most 1)"),
         ("SFT_TRAIN__MAX_STEPS", "not set", "steps", "(1 to 10,000,000)"),

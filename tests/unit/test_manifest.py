@@ -28,9 +28,12 @@ def test_it_is_16_hex_digits_and_stable(load: Load) -> None:
 
 CHANGES = {
     "MODEL__ID": "org/other",
+    "MODEL__CHAT_TEMPLATE": "chatml",
     "MODEL__DTYPE": "float32",
     "MODEL__ATTN_IMPLEMENTATION": "eager",
     "DATA__EVAL_FRACTION": "0.2",
+    "DATA__COLUMNS": '{"review": "text"}',
+    "DATA__TEMPLATE": "{{ q }} {% generation %}{{ a }}{% endgeneration %}",
     "DATA__MAX_LENGTH": "64",
     "DATA__TRUNCATION": "keep_start",
     "DATA__LOSS_ON": "all",
@@ -38,6 +41,7 @@ CHANGES = {
     "LORA__ALPHA": "8",
     "LORA__DROPOUT": "0",
     "LORA__TARGET_MODULES": "q_proj",
+    "LORA__MODULES_TO_SAVE": "embed_tokens",
     "TRAIN__EPOCHS": "1",
     "TRAIN__MAX_STEPS": "5",
     "TRAIN__LEARNING_RATE": "1e-5",
@@ -46,12 +50,17 @@ CHANGES = {
     "TRAIN__GLOBAL_BATCH_SIZE": "16",
     "TRAIN__PACKING": "false",
     "TRAIN__MAX_GRAD_NORM": "2",
+    "TRAIN__OPTIMIZER": "paged_adamw_8bit",
+    "TRAIN__EARLY_STOPPING_PATIENCE": "2",
     "TRAIN__SEED": "1",
 }
 KEEPS = {
     "MODEL__REVISION": "v2",  # counts as the commit that it resolves to
     "DATA__URI": "s3://elsewhere/train.jsonl",
     "DATA__EVAL_URI": "s3://elsewhere/eval.jsonl",
+    "DATA__BAD_ROWS": "skip",
+    "DATA__MAX_BAD_FRACTION": "0.5",
+    "DATA__MAX_DROPPED_FRACTION": "0.5",
     "TRAIN__MICRO_BATCH_SIZE": "2",
     "TRAIN__GRADIENT_CHECKPOINTING": "true",
     "TRAIN__LOGGING_STEPS": "1",

@@ -66,7 +66,7 @@ def test_all_problems_at_once_beside_broken_groups(load: Load) -> None:
         "SFT_TRAIN: must be one JSON object",
         "SFT_RUNTIME: must be one JSON object",
         "SFT_MODEL__ID: must be set",
-        "SFT_TRAIN__EPOCHS=-1: must be more than 0",
+        "SFT_TRAIN__EPOCHS=-1: must be auto or more than 0",
         "SFT_LORA__ALPHAA: unknown setting, did you mean SFT_LORA__ALPHA?",
     ):
         assert f"  {line}" in message
@@ -136,7 +136,7 @@ def test_no_secret_comes_out(load: Load, variables: dict[str, str]) -> None:
 
 
 def test_an_at_sign_alone_is_no_credential(load: Load) -> None:
-    assert load(DATA__URI="s3://bucket/a@b:c.jsonl").data.uri == "s3://bucket/a@b:c.jsonl"
+    assert load(DATA__URI="s3://bucket/a@b:c.jsonl").data.uri[0].uri == "s3://bucket/a@b:c.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_an_at_sign_alone_is_no_credential(load: Load) -> None:
         ("LORA__R", "0", "must be at least 1"),
         ("LORA__R", "8.5", "must be a whole number"),
         ("LORA__DROPOUT", "1", "must be less than 1"),
-        ("TRAIN__EPOCHS", "nan", "must be a number"),
+        ("TRAIN__EPOCHS", "nan", "must be a number or auto"),
         ("TRAIN__LEARNING_RATE", "inf", "must be a number"),
         ("TRAIN__SEED", "4294967296", "must be at most 4,294,967,295"),
         ("TRAIN__MAX_STEPS", "0", "must be at least 1"),

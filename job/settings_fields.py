@@ -1,0 +1,101 @@
+"""What single settings take: their types, and the words in which a wrong value is refused."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_settings import NoDecode
+
+
+class Group(BaseModel):
+    """A group of settings: frozen, strict about names, silent about values in its own errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+def unit_of(unit: str) -> dict[str, Any]:
+    """Return what the README's table shows as a setting's unit."""
+    return {"unit": unit}
+
+
+def _refuse_credentials(uri: str) -> str:
+    # The value is kept out of the message by whoever prints it: see `settings_problems`. A secret key may hold slashes,
+    # so the @ may stand anywhere.
+    rest = uri.split("://", 1)[1] if "://" in uri else ""
+    if ":" in rest.split("/", 1)[0] and "@" in rest:
+        raise ValueError("credentials don't belong in a URI; use AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    return uri
+
+
+def _require_scheme(uri: str) -> str:
+    scheme = uri.split("://", 1)[0] if "://" in uri else ""
+    if scheme not in ("", "s3", "hf"):
+        raise ValueError(f"no store is known for {scheme}://; use s3://bucket/key, hf://datasets/org/name or a path")
+    return uri
+
+
+def _require_output_place(uri: str) -> str:
+    if uri.startswith("hf://"):
+        raise ValueError("publishing to the Hub is not served yet; use s3://bucket/prefix or a path")
+    if any(character in uri for character in "*?["):
+        raise ValueError("an output is one place; it can't hold wildcards")
+    return uri
+
+
+Auto = Literal["auto"]
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_refuse_credentials), AfterValidator(_require_scheme)]
+OutputUri = Annotated[Uri, AfterValidator(_require_output_place)]
+
+
+class Source(Group):
+    """One place of training rows, and how many times each of its rows occurs in one pass."""
+
+    uri: Uri
+    weight: float = Field(1.0, gt=0, le=1000)
+
+
+def _parse_sources(value: object) -> object:
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"must be a URI, or a JSON list of URIs: {error}") from error
+    sources = value if isinstance(value, list) else [value]
+    return [{"uri": source} if isinstance(source, str) else source for source in sources]
+
+
+# NoDecode: a single URI is no JSON, so the library must not try to read it as such.
+Sources = Annotated[list[Source], Field(min_length=1), NoDecode, BeforeValidator(_parse_sources)]
+
+
+def _parse_names(value: object) -> object:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if not (isinstance(value, list) and all(isinstance(name, str) and name for name in value)):
+        raise ValueError("must be names of modules such as q_proj,v_proj")
+    return sorted(set(value))
+
+
+def _parse_target_modules(value: object) -> object:
+    if value in ("all-linear", ["all-linear"]):
+        return "all-linear"
+    try:
+        names = _parse_names(value)
+    except ValueError:
+        names = []
+    if not names:
+        raise ValueError("must be all-linear, or names of modules such as q_proj,v_proj")
+    return names
+
+
+TargetModules = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_parse_target_modules)]
+Modules = Annotated[list[str], NoDecode, BeforeValidator(_parse_names)]
+
+
+def _require_whole_steps(warmup: float) -> float:
+    if warmup >= 1 and warmup != int(warmup):
+        raise ValueError("must be a ratio below 1 or a whole number of steps")
+    return warmup
+
+
+Warmup = Annotated[float, AfterValidator(_require_whole_steps)]

@@ -1,0 +1,198 @@
+"""The groups of settings, field by field: defaults, limits and descriptions, of which the README's table is made."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from job.settings_fields import Auto, Group, Modules, OutputUri, Sources, TargetModules, Uri, Warmup, unit_of
+
+
+class ModelSettings(Group):
+    """The base model."""
+
+    id: Uri = Field(description="Base model: a Hub id, a folder, or an s3:// prefix")
+    revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of a Hub model")
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat template: the tokenizer's own; or chatml, gemma, llama3, mistral, phi, qwen; a .jinja file "
+        "(path or s3://); or a model (Hub id, folder, s3:// prefix) whose tokenizer has one",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of weights and arithmetic; auto: by the device"
+    )
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="Attention kernel; auto: sdpa"
+    )
+
+
+class DataSettings(Group):
+    """What is learned from."""
+
+    uri: Sources = Field(
+        description="Training rows: s3://bucket/key, a prefix or a glob; hf://datasets/org/name; a path; or a list, "
+        'such as ["s3://a/b", {"uri": "s3://c/d", "weight": 2}]: a weight of 2 gives each row twice a pass, '
+        "of 0.5 half of the rows"
+    )
+    eval_uri: Uri | None = Field(None, description="Held-out rows, of the same forms; else they are split off")
+    eval_fraction: Annotated[float, Field(ge=0, le=0.5)] | Auto = Field(
+        "auto",
+        description="Share of the rows held out; auto: a tenth from 50 rows on, at most 500 rows",
+        json_schema_extra=unit_of("share of rows"),
+    )
+    columns: dict[str, str] = Field(
+        {}, description='Columns to rename, as a JSON object: {"review": "text"}; it also settles which shape is meant'
+    )
+    template: str | None = Field(
+        None,
+        min_length=1,
+        description="Jinja template of a row's columns, such as Q: {{ q }} A: {% generation %}{{ a }}{% endgeneration "
+        "%}; the loss is taken between the marks",
+    )
+    max_length: Annotated[int, Field(ge=8, le=1_048_576)] | Auto = Field(
+        "auto",
+        description="Longest sequence; auto: what 99 % of the rows need, rounded up to 64",
+        json_schema_extra=unit_of("tokens"),
+    )
+    truncation: Literal["drop", "split", "keep_start"] = Field(
+        "drop", description="Rows beyond max_length: left out, cut into several, or cut off"
+    )
+    max_dropped_fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Refuse to train when more rows than this are too long to be used",
+        json_schema_extra=unit_of("share of rows"),
+    )
+    bad_rows: Literal["fail", "skip"] = Field(
+        "fail", description="Rows that can't be used: end the job, or set them aside in quarantine.jsonl"
+    )
+    max_bad_fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="With bad_rows=skip, refuse to train when more rows than this are bad",
+        json_schema_extra=unit_of("share of rows"),
+    )
+    loss_on: Literal["auto", "completion", "assistant", "all"] = Field(
+        "auto",
+        description="Supervised part: the last answer, every assistant turn, or all; auto: by the shape of the rows",
+    )
+
+
+class LoraSettings(Group):
+    """The adapter."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the adapter", json_schema_extra=unit_of("dimensions"))
+    alpha: Annotated[int, Field(ge=1, le=8192)] | Auto = Field(
+        "auto", description="Scale of the adapter (alpha / r); auto: 2r", json_schema_extra=unit_of("none")
+    )
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="Dropout on the adapter's input", json_schema_extra=unit_of("probability")
+    )
+    target_modules: TargetModules = Field(
+        "all-linear", description="Modules that get an adapter: all-linear, or names separated by commas"
+    )
+    modules_to_save: Modules = Field(
+        [], description="Modules trained whole and saved with the adapter, such as embed_tokens,lm_head"
+    )
+
+
+class TrainSettings(Group):
+    """How it is learned."""
+
+    epochs: Annotated[float, Field(gt=0, le=1000)] | Auto = Field(
+        "auto",
+        description="Passes over the training rows; auto: 3, on tiny sets up to 10",
+        json_schema_extra=unit_of("epochs"),
+    )
+    max_steps: int | None = Field(
+        None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs", json_schema_extra=unit_of("steps")
+    )
+    learning_rate: float = Field(
+        2e-4, gt=0, le=1, description="Peak learning rate", json_schema_extra=unit_of("per step")
+    )
+    scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "cosine", description="Course of the learning rate after warmup"
+    )
+    warmup: Warmup = Field(
+        0.03,
+        ge=0,
+        le=1_000_000,
+        description="Length of the learning rate's rise: a ratio below 1, or a number of steps",
+        json_schema_extra=unit_of("ratio or steps"),
+    )
+    global_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
+        "auto",
+        description="Sequences per optimizer step, over all processes; auto: 8, or the next that processes can share",
+        json_schema_extra=unit_of("sequences"),
+    )
+    micro_batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = Field(
+        "auto",
+        description="Sequences per process in one forward pass; auto: up to 8 within 4,096 tokens",
+        json_schema_extra=unit_of("sequences"),
+    )
+    packing: bool | Auto = Field(
+        "auto",
+        description="Join the rows of a micro batch into one sequence without padding, attention kept apart; "
+        "auto: where the architecture is known to keep it apart",
+    )
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = Field(
+        "auto", description="Optimizer; auto: adamw, or what the base model's preset names where it can run"
+    )
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1e6, description="Gradients are clipped to this norm", json_schema_extra=unit_of("L2 norm")
+    )
+    gradient_checkpointing: bool | Auto = Field(
+        "auto", description="Recompute activations to save memory; auto: on a GPU"
+    )
+    seed: int = Field(
+        42,
+        ge=0,
+        le=2**32 - 1,
+        description="Seed of the split, the order and dropout",
+        json_schema_extra=unit_of("none"),
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None,
+        description="End when the held-out loss has not fallen for this many evaluations, one a pass; keep the best",
+        json_schema_extra=unit_of("evaluations"),
+    )
+    logging_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
+        "auto",
+        description="Interval of the logged metrics; auto: about 100 lines a run",
+        json_schema_extra=unit_of("steps"),
+    )
+
+
+class ParallelSettings(Group):
+    """On how many processors."""
+
+    engine: Literal["auto", "ddp"] = Field("auto", description="Distributed engine; auto: ddp")
+    processes: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
+        "auto", description="Worker processes; auto: one per GPU, one on a CPU", json_schema_extra=unit_of("processes")
+    )
+
+
+class OutputSettings(Group):
+    """Where the adapter goes."""
+
+    uri: OutputUri = Field(description="The slot of one run: s3://bucket/prefix or a folder; {run_id} is filled in")
+    overwrite: bool = Field(False, description="Replace another run's adapter in the slot")
+
+
+class RuntimeSettings(Group):
+    """Where and how the job itself runs."""
+
+    work_dir: Path = Field(
+        Path(tempfile.gettempdir()) / "sft-job",
+        description="Folder for downloads and intermediate files; one job at a time",
+    )
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="Log lines as text or JSON; auto: text")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged")
+    termination_log: Path = Field(
+        Path("/dev/termination-log"),
+        description="File for the outcome as JSON; the default is written only if it exists",
+    )
