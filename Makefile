@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format types docs lock clean
+.PHONY: help demo test test-gpu bench-data lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,12 +14,15 @@ demo: $(INSTALLED) ## Train a small model on sample data from a local S3 server,
 	@$(BIN)/python tests/demo.py
 
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-gpu: $(INSTALLED) ## Run the tests that need a GPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python -m pytest tests/gpu; \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING of tests/gpu was run"; fi
+
+bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3 GB (SIZES=100 for 100 MB alone)
+	$(BIN)/python tests/bench/data.py $(if $(SIZES),--sizes $(SIZES))
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import job
 from job.errors import CONFIG, INTERNAL, OK, PREEMPTED, RESOURCES, ConfigError, ExitCode, JobError
-from job.log import logger, setup_logging
+from job.log import find_terminal, logger, setup_logging
 from job.outcome import Progress, format_outcome, write_termination_log
 from job.settings import Settings, load_runtime_settings, load_settings
 from job.settings_groups import RuntimeSettings
@@ -36,6 +36,7 @@ _ALREADY_PUBLISHED = "is already published: nothing to do"
 
 def run(settings: Settings, progress: Progress) -> str:
     """Train and publish; do nothing when this very run is already published. Return what was done, for the outcome."""
+    from job.handover import RunFolder
     from job.inputs import MODEL_FOLDER
     from job.launch import launch_workers
     from job.publish import publish_run
@@ -49,7 +50,7 @@ def run(settings: Settings, progress: Progress) -> str:
         prepared.inputs.base_model.fetch_weights(work_dir / MODEL_FOLDER)
 
         _log_phase("training")
-        folder = prepared.hand_over(work_dir / "run")
+        folder = prepared.hand_over(RunFolder(work_dir / "run"))
         try:
             launch_workers(prepared.plan, folder)
         finally:
@@ -66,21 +67,27 @@ def check(settings: Settings, progress: Progress) -> str:
     with _own(settings.runtime.work_dir) as work_dir:
         if prepare(settings, work_dir, progress) is None:
             return _ALREADY_PUBLISHED
+        logger.info("plan.json and xray.json are in %s", work_dir / "run")
         return "is ready to train"
 
 
 def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared | None":
     """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published."""
-    from job.dataset import prepare_dataset
+    from job.dataset import prepare_dataset, row_options
+    from job.handover import RunFolder
     from job.hardware import find_hardware
     from job.inputs import MODEL_FOLDER, find_inputs
-    from job.plan import make_plan, plan_parallel
+    from job.limits import find_warnings
+    from job.parallel import plan_parallel
+    from job.plan import make_plan
     from job.prepared import Prepared
-    from job.publish import check_slot, is_already_published, open_slot
+    from job.publish import check_slot, is_already_published, keep_bad_rows, open_slot
     from job.report import format_plan
+    from job.report_xray import format_xray
 
     hardware = find_hardware()
     parallel = plan_parallel(settings, hardware)
+    row_options(settings.data)  # a template that is none is refused before any download
 
     _log_phase("reading the inputs")
     check_slot(settings.output.uri)
@@ -93,11 +100,30 @@ def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared
 
     _log_phase("tokenizing")
     model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
-    dataset = prepare_dataset(settings, inputs, model_folder, work_dir / "tokens")
+    dataset = prepare_dataset(
+        settings,
+        inputs,
+        model_folder,
+        work_dir / "tokens",
+        processes=hardware.cpu_cores,
+        keep_bad_rows=lambda path: keep_bad_rows(slot, path),
+    )
+    terminal = find_terminal(settings.runtime.log_format)
+    logger.info("the data:\n%s", format_xray(dataset.xray, terminal))
+    warnings = find_warnings(dataset.xray)
+    _log_warnings(warnings)
     plan = make_plan(settings, parallel, dataset.facts)
     progress.total_steps = plan.steps
-    logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan))
-    return Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot)
+    logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan, width=terminal.width))
+    _log_warnings(plan.warnings)
+    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot)
+    prepared.write_down(RunFolder(work_dir / "run"), warnings)
+    return prepared
+
+
+def _log_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 def _log_phase(name: str) -> None:

@@ -1,29 +1,44 @@
-"""The data set of a run: files tokenised, rows chosen and split, counted for the plan."""
+"""The data set of a run: files tokenised, rows judged, chosen and split, counted for the plan and the X-ray."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
+from job.choices import setting_source
 from job.data import (
-    NOT_SUPERVISED,
+    AppliedTemplate,
+    Integers,
+    Piece,
+    RowOptions,
+    Selection,
+    SourceFile,
     TokenizedData,
+    TurnEnd,
+    XRay,
+    adopt_turn_end,
+    apply_template,
+    check_options,
     choose_max_length,
+    count_copies,
+    find_duplicates,
+    find_template,
     load_tokenizer,
     select_rows,
     split_rows,
     tokenize_files,
 )
-from job.errors import ConfigError, DataError
-from job.inputs import FetchedFile, Inputs
-from job.log import logger
+from job.data.split import TooLong
+from job.data.xray import FileRows, count_duplicates, count_lengths, count_overlap, decode_samples
+from job.errors import ConfigError
+from job.inputs import InputFile, Inputs
+from job.limits import refuse_bad_rows, refuse_dropped_rows
+from job.log import transfer_progress
 from job.manifest import DataFile
-from job.plan import DataFacts, setting_source
+from job.plan import DataFacts
 from job.settings import Settings
 from job.settings_groups import DataSettings
 
@@ -36,51 +51,180 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Token files with the row numbers to use of them; `evaluation` is None when the held-out rows are of `train`."""
+    """Token files with the segments to use of them (see `job.data.split`); `evaluation` is None when the held-out rows
+    are of `train`."""
 
     tokenizer: "PreTrainedTokenizerBase"
+    template: AppliedTemplate | None  # None: the base model's own
     train: TokenizedData
     evaluation: TokenizedData | None
-    train_rows: NDArray[np.int64]  # (N,)
-    eval_rows: NDArray[np.int64]  # (M,)
+    train_segments: Integers  # (N, 3)
+    eval_segments: Integers  # (M, 3)
     facts: DataFacts
+    xray: XRay
     files: list[DataFile]
 
+    def bad_row_files(self) -> list[Path]:
+        """Return the files of the rows that were set aside."""
+        sets = [self.train, self.evaluation] if self.evaluation is not None else [self.train]
+        return [data.bad_rows_path for data in sets if data.bad_rows]
 
-def prepare_dataset(settings: Settings, inputs: Inputs, model_folder: Path, folder: Path) -> Dataset:
-    """Tokenise the files with the base model's tokenizer, choose the maximum length and the rows, and split.
 
-    Raises DataError for rows that can't be learned from, ConfigError for a length beyond the model's context or a
-    broken configuration.
+def prepare_dataset(
+    settings: Settings,
+    inputs: Inputs,
+    model_folder: Path,
+    folder: Path,
+    *,
+    processes: int,
+    keep_bad_rows: Callable[[Path], str],
+) -> Dataset:
+    """Tokenise the files with the base model's tokenizer on so many processes, choose maximum length and rows, split.
+
+    `keep_bad_rows` takes the file of all bad rows where they end the job, and returns where it is kept.
+    Raises DataError for rows that can't be learned from, ConfigError for a length beyond the model's context, a chat
+    template that doesn't fit, or a broken configuration.
     """
     configuration = _read_configuration(settings.model.id, model_folder)
     tokenizer = load_tokenizer(model_folder)
-    train = _tokenize(inputs.train, tokenizer, settings.data, folder / "train.arrow")
-    evaluation = None
-    if inputs.evaluation:
-        evaluation = _tokenize(inputs.evaluation, tokenizer, settings.data, folder / "eval.arrow")
+    template = None if inputs.chat_template is None else apply_template(tokenizer, inputs.chat_template)
+    options = row_options(settings.data)
+
+    def tokenize(files: Sequence[InputFile], setting: str) -> TokenizedData:
+        sources = [SourceFile(file.path, file.uri, file.sha256) for file in files]
+        with transfer_progress("tokenizing", sum(file.size_bytes for file in files)) as progress:
+            report = _add_up_to(progress)
+            data = tokenize_files(
+                sources, tokenizer, options, folder=folder / setting, processes=processes, report=report
+            )
+        refuse_bad_rows(data, settings.data, f"SFT_DATA__{setting}", keep_bad_rows)
+        return data
+
+    train = tokenize(inputs.train, "URI")
+    evaluation = tokenize(inputs.evaluation, "EVAL_URI") if inputs.evaluation else None
     max_length, source = _max_length(settings.data, train, read_context_tokens(configuration))
-    train_rows = _select(train, settings.data, max_length, setting="SFT_DATA__URI")
-    if evaluation is not None:
-        eval_rows = _select(evaluation, settings.data, max_length, setting="SFT_DATA__EVAL_URI")
-    else:
-        fraction = None if settings.data.eval_fraction == "auto" else settings.data.eval_fraction
-        train_rows, eval_rows = split_rows(train_rows, fraction=fraction, seed=settings.train.seed)
-    if len(eval_rows) == 0:
-        logger.warning("no rows are held out, so nothing shows whether the adapter learned or memorised")
+    chosen = _choose(settings, inputs, train, evaluation, max_length)
     facts = DataFacts(
         model_revision=inputs.base_model.revision,
         model_type=str(configuration.get("model_type", "unknown")),
         max_length_tokens=max_length,
         max_length_source=source,
-        train_rows=len(train_rows),
-        eval_rows=len(eval_rows),
-        train_tokens=int(np.minimum(train.lengths_tokens[train_rows], max_length).sum()),
-        supervised_tokens=_count_supervised(train, train_rows, max_length),
+        truncation=settings.data.truncation,
+        train_rows=len(chosen.train),
+        eval_rows=len(chosen.held_out),
+        train_tokens=int((chosen.train[:, 2] - chosen.train[:, 1]).sum()),
+        supervised_tokens=chosen.supervised_tokens,
+        chat_template=_name_template(inputs, tokenizer),
+        new_tokens=[] if template is None else [token.text for token in template.new_tokens],
     )
+    turn_end = adopt_turn_end(tokenizer, train, model_folder)
+    samples = decode_samples(train, chosen.train, tokenizer)
+    xray = _make_xray(inputs, train, evaluation, chosen, facts, turn_end, samples)
     files = _describe_files(inputs.train, train)
     files += _describe_files(inputs.evaluation, evaluation) if evaluation is not None else []
-    return Dataset(tokenizer, train, evaluation, train_rows, eval_rows, facts, files)
+    return Dataset(tokenizer, template, train, evaluation, chosen.train, chosen.held_out, facts, xray, files)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The segments that are trained on, as often as their weights say, and those that are held out."""
+
+    train: Integers  # (N, 3)
+    held_out: Integers  # (M, 3)
+    supervised_tokens: int  # of the training segments
+    too_long: TooLong
+
+
+def _choose(
+    settings: Settings, inputs: Inputs, train: TokenizedData, evaluation: TokenizedData | None, max_length: int
+) -> _Chosen:
+    selection = _select(train, settings.data, max_length, "SFT_DATA__URI")
+    if evaluation is None:
+        is_train = _split(train, selection, settings)
+        held_out = selection.segments[~is_train]
+    else:
+        is_train = np.ones(len(selection.segments), dtype=np.bool_)
+        held_out = _select(evaluation, settings.data, max_length, "SFT_DATA__EVAL_URI").segments
+    segments, supervised = selection.segments[is_train], selection.supervised_tokens[is_train]
+    weights = np.repeat([file.weight for file in inputs.train], train.rows_per_file)  # (rows,)
+    copies = count_copies(segments, weights[segments[:, 0]], seed=settings.train.seed)
+    return _Chosen(np.repeat(segments, copies, axis=0), held_out, int((supervised * copies).sum()), selection.too_long)
+
+
+def _make_xray(
+    inputs: Inputs,
+    train: TokenizedData,
+    evaluation: TokenizedData | None,
+    chosen: _Chosen,
+    facts: DataFacts,
+    turn_end: TurnEnd,
+    samples: tuple[tuple[Piece, ...], ...],
+) -> XRay:
+    held_out_digests = (train if evaluation is None else evaluation).digests[chosen.held_out[:, 0]]
+    return XRay(
+        files=tuple(
+            FileRows(file.uri, "no rows" if row_format is None else row_format.describe(), rows, file.weight)
+            for file, row_format, rows in zip(inputs.train, train.formats, train.rows_per_file, strict=True)
+        ),
+        read=train.rows_read,
+        kept=len(train.lengths_tokens),
+        skipped=train.bad_reasons,
+        too_long=chosen.too_long,
+        max_length_tokens=facts.max_length_tokens,
+        truncation=facts.truncation,
+        train=facts.train_rows,
+        held_out=facts.eval_rows,
+        held_out_in_train=count_overlap(held_out_digests, train.digests[chosen.train[:, 0]]),
+        tokens=facts.train_tokens,
+        supervised_tokens=facts.supervised_tokens,
+        lengths=count_lengths(train.lengths_tokens),
+        turn_end=turn_end,
+        duplicates=count_duplicates(train.digests),
+        with_oddity=train.rows_with,
+        samples=samples,
+    )
+
+
+def _describe_files(files: Sequence[InputFile], data: TokenizedData) -> list[DataFile]:
+    return [
+        DataFile(file.uri, file.etag, file.sha256, file.size_bytes, rows, file.weight)
+        for file, rows in zip(files, data.rows_per_file, strict=True)
+    ]
+
+
+def row_options(settings: DataSettings) -> RowOptions:
+    """Return how the settings want rows to be read. Raises ConfigError where they can't be, whatever the rows."""
+    options = RowOptions(settings.loss_on, settings.columns, settings.template)
+    check_options(options)
+    return options
+
+
+def _add_up_to(progress: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Return a function that takes the rows and bytes read so far, for one that takes each piece's bytes."""
+    reported_bytes = 0
+
+    def report(_: int, read_bytes: int) -> None:
+        nonlocal reported_bytes
+        progress(read_bytes - reported_bytes)
+        reported_bytes = read_bytes
+
+    return report
+
+
+def _split(data: TokenizedData, selection: Selection, settings: Settings) -> "np.ndarray":
+    """Say of each segment (K,) whether it is trained on; the others are held out, all of a row together."""
+    rows = np.unique(selection.segments[:, 0])
+    fraction = None if settings.data.eval_fraction == "auto" else settings.data.eval_fraction
+    repeated = find_duplicates(data.digests)[rows]
+    _, held_out = split_rows(rows, repeated=repeated, fraction=fraction, seed=settings.train.seed)
+    is_train: np.ndarray = ~np.isin(selection.segments[:, 0], held_out)
+    return is_train
+
+
+def _name_template(inputs: Inputs, tokenizer: "PreTrainedTokenizerBase") -> str:
+    if inputs.chat_template is not None:
+        return inputs.chat_template.name
+    return "the tokenizer has none" if find_template(tokenizer) is None else "the tokenizer's own"
 
 
 def _read_configuration(model_id: str, model_folder: Path) -> dict[str, object]:
@@ -106,29 +250,12 @@ def read_context_tokens(configuration: dict[str, object]) -> int:
     return 1_048_576  # no limit by position, as in models without positional embeddings
 
 
-def _tokenize(
-    files: Sequence[FetchedFile], tokenizer: "PreTrainedTokenizerBase", settings: DataSettings, target: Path
-) -> TokenizedData:
-    data = tokenize_files(
-        [(file.path, file.source.uri) for file in files],
-        tokenizer,
-        loss_on=settings.loss_on,
-        target=target,
-        report=lambda rows: logger.debug("%d rows read", rows),
-    )
-    if data.eos_supervised_rows == 0:
-        logger.warning(
-            "no row ends in %s, which is what generation stops at: the model won't learn to stop", tokenizer.eos_token
-        )
-    for name, shape, rows in zip(data.names, data.shapes, data.rows_per_file, strict=True):
-        logger.info("%s: %d rows of shape %s", name, rows, shape or "unknown")
-    return data
-
-
 def _max_length(settings: DataSettings, data: TokenizedData, context_tokens: int) -> tuple[int, str]:
+    longest = int(data.lengths_tokens.max())
     if settings.max_length == "auto":
-        why = f"auto: 99 % of the rows fit, {int(data.lengths_tokens.max())} is the longest"
-        return choose_max_length(data.lengths_tokens, context_tokens), why
+        chosen = choose_max_length(data.lengths_tokens, context_tokens)
+        why = "the base model's context" if chosen == context_tokens else "99 % of the rows fit"
+        return chosen, f"auto: {why}, {longest} is the longest"
     if settings.max_length > context_tokens:
         raise ConfigError(
             f"SFT_DATA__MAX_LENGTH={settings.max_length}: the base model's context is {context_tokens} tokens",
@@ -137,42 +264,7 @@ def _max_length(settings: DataSettings, data: TokenizedData, context_tokens: int
     return settings.max_length, setting_source(settings, "max_length")
 
 
-def _select(data: TokenizedData, settings: DataSettings, max_length: int, *, setting: str) -> NDArray[np.int64]:
+def _select(data: TokenizedData, settings: DataSettings, max_length: int, setting: str) -> Selection:
     selection = select_rows(data, max_length=max_length, truncation=settings.truncation)
-    total = len(data.lengths_tokens)
-    if selection.dropped_too_long:
-        logger.warning(
-            "%d of %d rows are longer than %d tokens and left out", selection.dropped_too_long, total, max_length
-        )
-    if selection.truncated:
-        logger.warning("%d of %d rows are cut to %d tokens", selection.truncated, total, max_length)
-    if selection.dropped_unsupervised:
-        logger.warning(
-            "%d of %d rows are left out: nothing of the answer is within %d tokens",
-            selection.dropped_unsupervised,
-            total,
-            max_length,
-        )
-    if len(selection.indices) == 0:
-        raise DataError(
-            f"{setting}: none of the {total} rows fits into {max_length} tokens, the shortest has "
-            f"{data.lengths_tokens.min()}",
-            hint="raise SFT_DATA__MAX_LENGTH, or set SFT_DATA__TRUNCATION=keep_start",
-        )
-    return selection.indices
-
-
-def _count_supervised(data: TokenizedData, rows: NDArray[np.int64], max_length: int) -> int:
-    """Return the supervised tokens of the rows; of one that is cut, those before the cut."""
-    whole = rows[data.lengths_tokens[rows] <= max_length]
-    cut = rows[data.lengths_tokens[rows] > max_length]
-    labels = pa.ipc.open_file(pa.memory_map(str(data.path))).read_all()["labels"]
-    kept = (labels[int(row)].values.to_numpy()[1:max_length] for row in cut)
-    return int(data.supervised_tokens[whole].sum()) + sum(int((part != NOT_SUPERVISED).sum()) for part in kept)
-
-
-def _describe_files(files: Sequence[FetchedFile], data: TokenizedData) -> list[DataFile]:
-    return [
-        DataFile(file.source.uri, file.source.etag, file.sha256, file.source.size_bytes, rows)
-        for file, rows in zip(files, data.rows_per_file, strict=True)
-    ]
+    refuse_dropped_rows(selection, data, settings, max_length, setting)
+    return selection

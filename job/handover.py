@@ -1,7 +1,7 @@
 """What the parent and its workers pass each other: files in one folder, because torchrun flattens exit codes to 1.
 
-The parent writes the plan, the inputs and the row numbers; the workers write the adapter, the metrics, the result and
-one outcome each.
+The parent writes the plan, the inputs and the segments of rows; the workers write the adapter, the metrics, the result
+and one outcome each.
 """
 
 import json
@@ -12,15 +12,28 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
+class NewTokenInput(BaseModel):
+    """A token that the base model has never seen, with the ids of the tokens that its text consisted of before."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: int
+    piece_ids: list[int]
+
+
 class WorkerInputs(BaseModel):
-    """Paths of what a worker reads, and how it logs."""
+    """Paths of what a worker reads, the vocabulary, and how it logs. `vocabulary_size` counts the tokenizer's ids;
+    `train_names` are the data files that the rows of `train_tokens` came from, by their index there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model_folder: Path
     train_tokens: Path
+    train_names: list[str]
     eval_tokens: Path | None
     pad_token_id: int
+    vocabulary_size: int
+    new_tokens: list[NewTokenInput]
     log_format: Literal["auto", "text", "json"]
     log_level: str
 
@@ -50,18 +63,23 @@ class RunFolder:
         return self.root / "plan.json"
 
     @property
+    def xray(self) -> Path:
+        """The X-ray of the data, as JSON."""
+        return self.root / "xray.json"
+
+    @property
     def inputs(self) -> Path:
         """The WorkerInputs, as JSON."""
         return self.root / "inputs.json"
 
     @property
     def train_rows(self) -> Path:
-        """Row numbers to train on, int64 (N,) as .npy."""
+        """Segments to train on, int64 (N, 3) as .npy: row, first token, end of its tokens (exclusive)."""
         return self.root / "train_rows.npy"
 
     @property
     def eval_rows(self) -> Path:
-        """Held-out row numbers, int64 (N,) as .npy."""
+        """Held-out segments, int64 (N, 3) as .npy, of the same form."""
         return self.root / "eval_rows.npy"
 
     @property
@@ -71,7 +89,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line for each logged step."""
+        """One JSON object a line for each logged step (with its "loss") and each evaluation (with "eval_loss")."""
         return self.root / "metrics.jsonl"
 
     @property

@@ -1,13 +1,23 @@
-"""What a run reads: the data files and the base model, found in their stores and fetched."""
+"""What a run reads: the data files, the base model and the chat template, found in their stores and fetched."""
 
+import difflib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from job.data import is_readable
+from job.data import (
+    SHIPPED_NAMES,
+    ChatTemplate,
+    clone_template,
+    is_readable,
+    load_tokenizer,
+    read_template_file,
+    shipped_template,
+)
+from job.downloads import Downloads, FetchedFile
 from job.errors import ConfigError, DataError, NotFoundError
-from job.log import format_bytes, logger, transfer_progress
-from job.manifest import hash_file, make_run_id
+from job.log import format_bytes, logger
+from job.manifest import make_run_id
 from job.settings import Settings
 from job.settings_groups import ModelSettings
 from job.storage import Store, StoredFile, open_store
@@ -19,12 +29,15 @@ MODEL_FOLDER = "model"  # in the work folder
 
 
 @dataclass(frozen=True)
-class FetchedFile:
-    """A data file that is here: where it came from, where it lies, and its content's sha256."""
+class InputFile:
+    """A data file that is here: where it came from and lies, its content's sha256, and its source's weight."""
 
-    source: StoredFile
+    uri: str
     path: Path
+    etag: str
+    size_bytes: int
     sha256: str
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -40,16 +53,15 @@ class BaseModel:
     def fetch_configuration(self, folder: Path) -> Path:
         """Fetch all but the weights, enough for tokenizing and planning; return the folder that the model is in."""
         files = [file for file in self.files if not _is_weights(file)]
-        paths = self._fetch(files, folder, "base model's configuration")
-        return next(path.parent for path in paths if path.name == "config.json")
+        fetched = self._downloads(folder).fetch(files, "base model's configuration")
+        return next(file.path.parent for file in fetched if file.path.name == "config.json")
 
     def fetch_weights(self, folder: Path) -> None:
         """Fetch the weights, given the same folder, to where the configuration is."""
-        self._fetch([file for file in self.files if _is_weights(file)], folder, "base model")
+        self._downloads(folder).fetch([file for file in self.files if _is_weights(file)], "base model")
 
-    def _fetch(self, files: list[StoredFile], folder: Path, label: str) -> list[Path]:
-        with transfer_progress(label, sum(file.size_bytes for file in files)) as progress:
-            return self.store.fetch(files, folder, progress)
+    def _downloads(self, folder: Path) -> Downloads:
+        return Downloads(folder, self.store, list(self.files))
 
 
 @dataclass(frozen=True)
@@ -57,12 +69,13 @@ class Inputs:
     """All that a run reads, and the name of the run that follows from it."""
 
     run_id: str
-    train: list[FetchedFile]
-    evaluation: list[FetchedFile]
+    train: list[InputFile]
+    evaluation: list[InputFile]
     base_model: BaseModel
+    chat_template: ChatTemplate | None  # None: the base model's own
 
 
-def fetch_data(uri: str, *, setting: str, folder: Path) -> list[FetchedFile]:
+def fetch_data(uri: str, *, weight: float, setting: str, folder: Path) -> list[InputFile]:
     """Fetch the data files that a URI names, in the order of their paths.
 
     Raises DataError when none has an ending that can be read, and the store's errors.
@@ -78,11 +91,16 @@ def fetch_data(uri: str, *, setting: str, folder: Path) -> list[FetchedFile]:
         )
     if len(files) < len(found):
         logger.info("%s: %d of %d files are data files", uri, len(files), len(found))
+    downloads = Downloads(folder, store, files)
+    fetched = downloads.fetch(files, "data")
     total_bytes = sum(file.size_bytes for file in files)
-    with transfer_progress("data", total_bytes) as progress:
-        paths = store.fetch(files, folder, progress)
     logger.info("%s: %d file%s, %s", uri, len(files), "s" if len(files) > 1 else "", format_bytes(total_bytes))
-    return [FetchedFile(file, path, hash_file(path)) for file, path in zip(files, paths, strict=True)]
+    return [_describe(file, downloads.hash_file(file), weight) for file in fetched]
+
+
+def _describe(file: FetchedFile, sha256: str, weight: float) -> InputFile:
+    source = file.source
+    return InputFile(source.uri, file.path, source.etag, source.size_bytes, sha256, weight)
 
 
 def find_base_model(settings: ModelSettings) -> BaseModel:
@@ -90,7 +108,7 @@ def find_base_model(settings: ModelSettings) -> BaseModel:
 
     Raises NotFoundError when it has no configuration or no safetensors weights, and the store's errors.
     """
-    uri = _model_uri(settings)
+    uri = _model_uri(settings.id, settings.revision)
     store = open_store(uri, setting="SFT_MODEL__ID")
     found = [file for file in store.find() if _is_model_file(file.path)]
     if not any(file.path == "config.json" for file in found):
@@ -108,20 +126,48 @@ def find_base_model(settings: ModelSettings) -> BaseModel:
     return BaseModel(settings.id, revision, hub_revision, store, tuple(found))
 
 
-def _model_uri(settings: ModelSettings) -> str:
-    """Return the URI of a base model: a Hub id where it is neither a URI nor a path."""
-    model_id = settings.id
+def _model_uri(model_id: str, revision: str | None) -> str:
+    """Return the URI of a model: a Hub id where it is neither a URI nor a path."""
     is_path = model_id.startswith(("/", ".", "~")) or Path(model_id).is_dir()
     if "://" in model_id or is_path:
-        if settings.revision is not None and not model_id.startswith("hf://"):
+        if revision is not None and not model_id.startswith("hf://"):
             raise ConfigError(
-                f"SFT_MODEL__REVISION={settings.revision}: SFT_MODEL__ID={model_id} isn't a Hub model, so it has none",
+                f"SFT_MODEL__REVISION={revision}: SFT_MODEL__ID={model_id} isn't a Hub model, so it has none",
                 hint="leave SFT_MODEL__REVISION out",
             )
         uri = model_id
     else:
         uri = f"hf://{model_id}"
-    return f"{uri}@{settings.revision}" if settings.revision else uri
+    return f"{uri}@{revision}" if revision else uri
+
+
+def find_chat_template(named: str | None, folder: Path) -> ChatTemplate | None:
+    """Return the chat template that SFT_MODEL__CHAT_TEMPLATE names: shipped, in a .jinja file, or another model's.
+
+    Raises ConfigError when it is none, and the store's errors.
+    """
+    if named is None:
+        return None
+    if named in SHIPPED_NAMES:
+        return shipped_template(named)
+    is_file = named.endswith(".jinja")
+    if not is_file and "/" not in named and not Path(named).is_dir():
+        near = difflib.get_close_matches(named, SHIPPED_NAMES, n=1)
+        raise ConfigError(
+            f"SFT_MODEL__CHAT_TEMPLATE={named}: no such chat template{f', did you mean {near[0]}?' if near else ''}",
+            hint=f"use one of {', '.join(SHIPPED_NAMES)}, a .jinja file, or a model whose tokenizer has one",
+        )
+    store = open_store(named if is_file else _model_uri(named, None), setting="SFT_MODEL__CHAT_TEMPLATE")
+    files = [file for file in store.find() if is_file or (_is_model_file(file.path) and not _is_weights(file))]
+    fetched = Downloads(folder, store, files).fetch(files, "chat template") if files else []
+    if is_file:
+        return read_template_file(fetched[0].path, named)
+    if not fetched:
+        raise ConfigError(
+            f"SFT_MODEL__CHAT_TEMPLATE={named}: there is no tokenizer",
+            hint=f"name a model, a .jinja file, or one of {', '.join(SHIPPED_NAMES)}",
+        )
+    return clone_template(load_tokenizer(fetched[0].path.parent), named)
 
 
 def _is_model_file(path: str) -> bool:
@@ -138,18 +184,28 @@ def find_inputs(settings: Settings, work_dir: Path) -> Inputs:
     Raises the stores' errors, DataError and ConfigError.
     """
     data_dir = work_dir / "data"
-    for leftover in (data_dir, work_dir / MODEL_FOLDER):  # of another run, with other files
-        shutil.rmtree(leftover, ignore_errors=True)
     base_model = find_base_model(settings.model)
+    chat_template = find_chat_template(settings.model.chat_template, work_dir / "chat-template")
     train = [
         file
         for index, source in enumerate(settings.data.uri)
-        for file in fetch_data(source.uri, setting="SFT_DATA__URI", folder=data_dir / f"train-{index}")
+        for file in fetch_data(
+            source.uri, weight=source.weight, setting="SFT_DATA__URI", folder=data_dir / f"train-{index}"
+        )
     ]
+    for leftover in data_dir.glob("train-*"):  # of a run with more sources
+        if int(leftover.name.removeprefix("train-")) >= len(settings.data.uri):
+            shutil.rmtree(leftover, ignore_errors=True)
     evaluation = []
     if settings.data.eval_uri is not None:
-        evaluation = fetch_data(settings.data.eval_uri, setting="SFT_DATA__EVAL_URI", folder=data_dir / "eval")
+        evaluation = fetch_data(
+            settings.data.eval_uri, weight=1, setting="SFT_DATA__EVAL_URI", folder=data_dir / "eval"
+        )
     run_id = make_run_id(
-        settings, [file.sha256 for file in train], [file.sha256 for file in evaluation], base_model.revision
+        settings,
+        train=[(file.sha256, file.weight) for file in train],
+        evaluation=[file.sha256 for file in evaluation],
+        model_revision=base_model.revision,
+        chat_template=None if chat_template is None else chat_template.text,
     )
-    return Inputs(run_id, train, evaluation, base_model)
+    return Inputs(run_id, train, evaluation, base_model, chat_template)

@@ -7,11 +7,13 @@ doesn't come out.
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 logger = logging.getLogger("sft_job")
@@ -24,6 +26,7 @@ SECRET_VARIABLES = (
     "HUGGING_FACE_HUB_TOKEN",
 )
 _PROGRESS_INTERVAL_S = 10.0
+_FILE_WIDTH = 120
 
 
 def redact(text: str) -> str:
@@ -63,6 +66,22 @@ def setup_logging(log_format: Literal["auto", "text", "json"], level: str) -> No
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(level.upper())
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """What the log is read on: columns, and whether they have colours."""
+
+    width: int
+    has_colour: bool
+
+
+def find_terminal(log_format: Literal["auto", "text", "json"]) -> Terminal:
+    """Return the terminal on stderr, or what fits a log file where there is none. NO_COLOR (no-color.org) is heeded."""
+    if log_format == "json" or not sys.stderr.isatty():
+        return Terminal(_FILE_WIDTH, has_colour=False)
+    has_colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return Terminal(max(60, shutil.get_terminal_size().columns), has_colour)
 
 
 @contextmanager

@@ -11,15 +11,16 @@ from typing import Any
 import job
 from job.hardware import Hardware
 from job.plan import TrainPlan
+from job.presets import find_preset
 from job.settings import Settings
 
 MANIFEST_NAME = "manifest.json"
 _SCHEMA_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "huggingface_hub", "boto3", "pyarrow")
 # How a run is spread, where its files are and how it talks don't change what is learned.
-# The base model's revision counts as what it resolved to, the data as its content.
+# The base model's revision counts as what it resolved to; data and chat template as their content.
 _NOT_TRAINING = {
-    "model": {"revision"},
+    "model": {"revision", "chat_template"},
     "data": {"uri", "eval_uri", "bad_rows", "max_bad_fraction", "max_dropped_fraction"},
     "train": {"micro_batch_size", "gradient_checkpointing", "logging_steps"},
 }
@@ -35,6 +36,7 @@ class DataFile:
     sha256: str
     bytes: int
     rows: int
+    weight: float
 
 
 def hash_file(path: Path) -> str:
@@ -43,13 +45,30 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_run_id(settings: Settings, train_digests: list[str], eval_digests: list[str], model_revision: str) -> str:
+def make_run_id(
+    settings: Settings,
+    *,
+    train: list[tuple[str, float]],
+    evaluation: list[str],
+    model_revision: str,
+    chat_template: str | None,
+) -> str:
     """Return 16 hex digits that name a run: sha256 over the training settings, the data's and base model's versions.
 
-    Two starts with the same run_id would learn the same; credentials, places, logging and parallelism don't count.
+    `train` has each file's sha256 and weight, `evaluation` each file's sha256; `chat_template` is the text of one that
+    is not the base model's own. Two starts with the same run_id would learn the same; credentials, places, logging and
+    parallelism don't count.
     """
     tree = settings.model_dump(mode="json", include=set(_TRAINING_GROUPS), exclude=_NOT_TRAINING)
-    identity = {"settings": tree, "train": train_digests, "eval": eval_digests, "model_revision": model_revision}
+    preset = find_preset(settings.model.id)
+    identity = {
+        "settings": tree,
+        "preset": None if preset is None else preset.identity(settings, leave_out=_NOT_TRAINING),
+        "train": train,
+        "eval": evaluation,
+        "model_revision": model_revision,
+        "chat_template": chat_template,
+    }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,13 +1,16 @@
 """A run that is ready to train: everything that `run` and `check` have found out, and its hand-over to the workers."""
 
+import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from job.data import NewToken
 from job.dataset import Dataset
-from job.handover import RunFolder, WorkerInputs
+from job.handover import NewTokenInput, RunFolder, WorkerInputs
 from job.hardware import Hardware
 from job.inputs import Inputs
 from job.plan import TrainPlan
@@ -27,22 +30,35 @@ class Prepared:
     plan: TrainPlan
     slot: Store
 
-    def hand_over(self, root: Path) -> RunFolder:
-        """Write into a fresh folder what the workers need."""
-        shutil.rmtree(root, ignore_errors=True)
-        folder = RunFolder(root)
-        folder.adapter.mkdir(parents=True)
+    def write_down(self, folder: RunFolder, warnings: Sequence[str]) -> None:
+        """Write plan and X-ray into a fresh folder."""
+        shutil.rmtree(folder.root, ignore_errors=True)
+        folder.root.mkdir(parents=True)
+        folder.plan.write_text(self.plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        xray = {**asdict(self.dataset.xray), "warnings": list(warnings)}
+        folder.xray.write_text(json.dumps(xray, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def hand_over(self, folder: RunFolder) -> RunFolder:
+        """Write beside them what the workers need."""
+        folder.adapter.mkdir()
         runtime, evaluation = self.settings.runtime, self.dataset.evaluation
+        template = self.dataset.template
         inputs = WorkerInputs(
             model_folder=self.model_folder,
             train_tokens=self.dataset.train.path,
+            train_names=list(self.dataset.train.names),
             eval_tokens=None if evaluation is None else evaluation.path,
             pad_token_id=self.dataset.tokenizer.pad_token_id or 0,
+            vocabulary_size=len(self.dataset.tokenizer),
+            new_tokens=[] if template is None else [_describe(token) for token in template.new_tokens],
             log_format=runtime.log_format,
             log_level=runtime.log_level,
         )
-        folder.plan.write_text(self.plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
         folder.inputs.write_text(inputs.model_dump_json(), encoding="utf-8")
-        np.save(folder.train_rows, self.dataset.train_rows)
-        np.save(folder.eval_rows, self.dataset.eval_rows)
+        np.save(folder.train_rows, self.dataset.train_segments)
+        np.save(folder.eval_rows, self.dataset.eval_segments)
         return folder
+
+
+def _describe(token: NewToken) -> NewTokenInput:
+    return NewTokenInput(id=token.id, piece_ids=list(token.piece_ids))

@@ -18,6 +18,8 @@ from job.storage import Store, open_store
 
 _SETTING = "SFT_OUTPUT__URI"
 _PLACEHOLDER = "{run_id}"
+_BAD_ROWS = "bad_rows.jsonl"  # of a run that ended because of them
+_QUARANTINE = "quarantine.jsonl"  # of a run that skipped them
 
 
 def open_slot(uri: str, run_id: str) -> Store:
@@ -94,8 +96,9 @@ def publish_run(prepared: Prepared, folder: RunFolder) -> None:
         is_on_hub=inputs.base_model.hub_revision is not None,
     )
     (folder.adapter / "README.md").write_text(card, encoding="utf-8")
-    for source in (folder.plan, folder.metrics):
+    for source in (folder.plan, folder.xray, folder.metrics):
         shutil.copy(source, folder.adapter)
+    _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
     manifest = make_manifest(
         run_id=inputs.run_id,
         settings=prepared.settings,
@@ -107,6 +110,22 @@ def publish_run(prepared: Prepared, folder: RunFolder) -> None:
         folder=folder.adapter,
     )
     publish(prepared.slot, folder.adapter, manifest, overwrite=prepared.settings.output.overwrite)
+
+
+def _set_aside(sources: list[Path], target: Path) -> None:
+    """Write the rows that were skipped, if any were, into one file that is published with the adapter."""
+    if not sources:
+        return
+    with target.open("wb") as writer:
+        for source in sources:
+            with source.open("rb") as reader:
+                shutil.copyfileobj(reader, writer)
+
+
+def keep_bad_rows(slot: Store, path: Path) -> str:
+    """Put the list of the rows that ended the job into the slot, where it outlives this machine; return its URI."""
+    slot.put(path, _BAD_ROWS)
+    return f"{slot.uri.rstrip('/')}/{_BAD_ROWS}"
 
 
 def _name_base_model(adapter_folder: Path, model_id: str, hub_revision: str | None) -> None:

@@ -1,14 +1,23 @@
 """What a person looks at: the plan as a table, the model card, and the last lines of a run."""
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from job.plan import TrainPlan
 
 _LABELS = {
-    "Base model": ("model_id", "model_revision", "dtype", "attn_implementation"),
-    "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "target_modules"),
-    "Data": ("train_rows", "eval_rows", "train_tokens", "supervised_tokens", "max_length_tokens", "packing"),
+    "Base model": ("model_id", "model_revision", "dtype", "attn_implementation", "chat_template"),
+    "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "new_tokens"),
+    "Data": (
+        "train_rows",
+        "eval_rows",
+        "train_tokens",
+        "supervised_tokens",
+        "max_length_tokens",
+        "truncation",
+        "packing",
+    ),
     "Parallel": ("device", "engine", "processes", "threads_per_process"),
     "Batch": ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"),
     "Schedule": (
@@ -17,32 +26,61 @@ _LABELS = {
         "warmup_steps",
         "learning_rate",
         "scheduler",
+        "optimizer",
         "max_grad_norm",
         "gradient_checkpointing",
+        "early_stopping_patience",
+        "eval_interval_steps",
         "seed",
         "logging_steps",
     ),
 }
+_NAME_WIDTH = max(len(name) for names in _LABELS.values() for name in names)
+_MIN_WIDTH = 80  # columns; on a narrower screen, the lines run on
+_VALUE_WIDTHS = (19, 40)  # columns, at least and at most: "the tokenizer's own" and a commit's hash are shown whole
+_SOURCE_WIDTH = len("SFT_TRAIN__EARLY_STOPPING_PATIENCE")  # the longest; sources get that much before values get more
 
 
-def format_plan(plan: TrainPlan) -> str:
-    """Return the plan as a table for people: name, value, where the value came from."""
+def format_plan(plan: TrainPlan, *, width: int = 120) -> str:
+    """Return the plan as a table for people, `width` columns wide: name, value, where the value came from.
+
+    A value that is too long is cut in its middle, a source goes on in the next line.
+    """
     values = plan.model_dump()
-    shown = {name: _shorten(values[name]) for names in _LABELS.values() for name in names}
-    name_width = max(map(len, shown))
+    room = max(width, _MIN_WIDTH) - _NAME_WIDTH - 6  # two columns before each cell
+    limit = min(max(room - _SOURCE_WIDTH, _VALUE_WIDTHS[0]), _VALUE_WIDTHS[1])
+    shown = {name: _shorten(_write(values[name]), limit) for names in _LABELS.values() for name in names}
     value_width = max(map(len, shown.values()))
     lines = []
     for label, names in _LABELS.items():
         lines.append(label)
-        lines += [f"  {name:<{name_width}}  {shown[name]:<{value_width}}  {plan.sources[name]}" for name in names]
+        for name in names:
+            first, *rest = _wrap(plan.sources[name], room - value_width)
+            lines.append(f"  {name:<{_NAME_WIDTH}}  {shown[name]:<{value_width}}  {first}")
+            lines += [f"{'':{_NAME_WIDTH + value_width + 6}}{line}" for line in rest]
     return "\n".join(lines)
 
 
-def _shorten(value: object) -> str:
+def _wrap(text: str, width: int) -> list[str]:
+    """Break a text between words only: a variable's name that is too long stays whole, to be copied and searched."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _write(value: object) -> str:
+    if value is None or value == []:
+        return "none"
     if isinstance(value, list):
-        value = ", ".join(value)
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        return ", ".join(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _shorten(text: str, limit: int) -> str:
+    """Cut a text's middle out: a path and a model's name differ at their ends."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 3) // 2
+    tail = limit - 3 - head
+    return f"{text[:head]}...{text[-tail:]}"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
@@ -61,6 +99,11 @@ def format_model_card(
     front_matter = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, sft, sft-job]"]
     if is_on_hub:
         front_matter.insert(1, f"base_model: {plan.model_id}")
+    resize = ""
+    if plan.new_tokens:  # a model may have more rows than its tokenizer has tokens: those stay
+        resize = f"""rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)
+base.resize_token_embeddings(rows)  # the adapter has what belongs there: {", ".join(plan.new_tokens)}
+"""
     held_out = ""
     if "eval_loss" in metrics:
         held_out = (
@@ -89,8 +132,8 @@ Every value is in `plan.json`, every step in `metrics.jsonl`, and the files' sha
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{plan.model_id}")  # or the folder that holds it
-model = PeftModel.from_pretrained(base, "this-folder")
 tokenizer = AutoTokenizer.from_pretrained("this-folder")
+base = AutoModelForCausalLM.from_pretrained("{plan.model_id}")  # or the folder that holds it
+{resize}model = PeftModel.from_pretrained(base, "this-folder")
 ```
 """

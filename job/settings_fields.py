@@ -92,6 +92,21 @@ TargetModules = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_pa
 Modules = Annotated[list[str], NoDecode, BeforeValidator(_parse_names)]
 
 
+def _parse_columns(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"must be a JSON object of names: {error}") from error
+    if not (isinstance(value, dict) and all(isinstance(name, str) and name for name in value.values())):
+        raise ValueError('must be a JSON object of names, such as {"review": "text"}')
+    return value
+
+
+# NoDecode: the library would end the job at the first value that is no JSON.
+Columns = Annotated[dict[str, str], NoDecode, BeforeValidator(_parse_columns)]
+
+
 def _require_whole_steps(warmup: float) -> float:
     if warmup >= 1 and warmup != int(warmup):
         raise ValueError("must be a ratio below 1 or a whole number of steps")

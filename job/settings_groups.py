@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.settings_fields import Auto, Group, Modules, OutputUri, Sources, TargetModules, Uri, Warmup, unit_of
+from job.settings_fields import Auto, Columns, Group, Modules, OutputUri, Sources, TargetModules, Uri, Warmup, unit_of
 
 
 class ModelSettings(Group):
@@ -42,7 +42,7 @@ class DataSettings(Group):
         description="Share of the rows held out; auto: a tenth from 50 rows on, at most 500 rows",
         json_schema_extra=unit_of("share of rows"),
     )
-    columns: dict[str, str] = Field(
+    columns: Columns = Field(
         {}, description='Columns to rename, as a JSON object: {"review": "text"}; it also settles which shape is meant'
     )
     template: str | None = Field(

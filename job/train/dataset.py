@@ -1,7 +1,7 @@
 """Rows of token ids for training: memory-mapped, in an order that depends on seed and batch size alone, and joined
 into micro batches with or without padding."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -11,7 +11,10 @@ import pyarrow.compute
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from job.errors import InternalError
+
 IGNORED = -100  # label of a token that isn't supervised
+_SHOWN_PLACES = 20
 
 
 class Row(TypedDict):
@@ -25,31 +28,58 @@ Collate = Callable[[list[Row]], dict[str, torch.Tensor]]
 
 
 class TokenRows(Dataset[Row]):
-    """Chosen rows of a token file, cut to the maximum length; the file is memory-mapped, not read."""
+    """Chosen segments of the rows in a token file, which is memory-mapped, not read.
 
-    def __init__(self, tokens: Path, rows: np.ndarray, max_length_tokens: int) -> None:
+    `segments` is int64 (N, 3): row, first token, end of its tokens (exclusive). A long row may be cut, or lie in
+    several segments. Raises InternalError for a segment that isn't within its row.
+    """
+
+    def __init__(self, tokens: Path, segments: np.ndarray) -> None:
         table = pa.ipc.open_file(pa.memory_map(str(tokens))).read_all()
+        self._table = table
         self._input_ids = table["input_ids"]
         self._labels = table["labels"]
-        self._rows = rows  # (N,) int64
-        self._max_length_tokens = max_length_tokens
+        self._segments = segments  # (N, 3) int64
+        self._check_segments()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._segments)
 
     def __getitem__(self, index: int) -> Row:
-        row = int(self._rows[index])
-        return {"input_ids": self._read(self._input_ids, row), "labels": self._read(self._labels, row)}
+        row, start, stop = self._segments[index].tolist()
+        return {
+            "input_ids": _read(self._input_ids, row, start, stop),
+            "labels": _read(self._labels, row, start, stop),
+        }
 
     def lengths(self) -> np.ndarray:
-        """Return each row's tokens after the cut, int64 (N,)."""
-        lengths = pa.compute.list_value_length(self._input_ids).to_numpy()[self._rows].astype(np.int64)
-        shortened: np.ndarray = np.minimum(lengths, self._max_length_tokens)
-        return shortened
+        """Return each segment's tokens, int64 (N,)."""
+        lengths: np.ndarray = self._segments[:, 2] - self._segments[:, 1]
+        return lengths
 
-    def _read(self, column: pa.ChunkedArray, row: int) -> torch.Tensor:
-        values = column[row].values.to_numpy()[: self._max_length_tokens]
-        return torch.from_numpy(values.astype(np.int64))
+    def describe(self, indices: np.ndarray, names: Sequence[str]) -> str:
+        """Return where segments come from, given the names of the data files: `a.jsonl:3, 17; b.jsonl:1`."""
+        rows = np.unique(self._segments[indices, 0])
+        lines: dict[str, list[str]] = {}
+        for row in rows[:_SHOWN_PLACES].tolist():
+            name = names[self._table["file"][row].as_py()]
+            lines.setdefault(name, []).append(str(self._table["line"][row]))
+        described = "; ".join(f"{name}:{', '.join(numbers)}" for name, numbers in lines.items())
+        more = len(rows) - _SHOWN_PLACES
+        return f"{described} and {more:,} more" if more > 0 else described
+
+    def _check_segments(self) -> None:
+        # numpy would cut a slice that reaches beyond the row without a word, and the counts would be wrong
+        rows, starts, stops = self._segments.T
+        lengths = pa.compute.list_value_length(self._input_ids).to_numpy()[rows]  # (N,)
+        outside = np.flatnonzero((starts < 0) | (starts >= stops) | (stops > lengths))
+        if len(outside):
+            row, start, stop = self._segments[outside[0]].tolist()
+            raise InternalError(f"tokens {start} to {stop} are not within row {row} of {lengths[outside[0]]} tokens")
+
+
+def _read(column: pa.ChunkedArray, row: int, start: int, stop: int) -> torch.Tensor:
+    return torch.from_numpy(column[row].values.to_numpy()[start:stop].astype(np.int64))
 
 
 class StreamSampler(Sampler[int]):

@@ -1,17 +1,21 @@
-"""The base model with a LoRA adapter on it, as the plan says, and what of it is written down."""
+"""The base model with a fresh adapter on it, and proofs that it can be trained as planned."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from job.errors import ConfigError, DivergedError, InternalError, NotFoundError
+from job.errors import ConfigError, DivergedError, NotFoundError
+from job.handover import NewTokenInput
 from job.log import logger
 from job.plan import TrainPlan
+from job.train.adapter import add_adapter
 from job.train.dataset import Row, join_rows
+from job.train.vocabulary import add_new_tokens
 
 _UPLOAD_AGAIN = "its files are incomplete or damaged: fetch or upload them again"
 _PROOF_TOKENS = 128  # of each row
@@ -19,27 +23,18 @@ _PROOF_TOKENS = 128  # of each row
 _ISOLATION_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
 
-def load_model(plan: TrainPlan, folder: Path) -> PeftModel:
-    """Load the frozen base model from a folder and put a fresh adapter on it.
+def load_model(
+    plan: TrainPlan, folder: Path, *, vocabulary_size: int, new_tokens: Sequence[NewTokenInput]
+) -> PeftModel:
+    """Load the frozen base model from a folder, with rows for new tokens, and put a fresh adapter on it.
 
-    Raises ConfigError for target modules that the model doesn't have, or an architecture without a causal LM;
-    NotFoundError for weights that are damaged or incomplete.
+    Raises ConfigError for modules that the model doesn't have, or an architecture without a causal LM; NotFoundError
+    for weights that are damaged or incomplete.
     """
     base = _load_base(plan, folder)
     base.config.use_cache = False  # with a cache, joined rows would see each other
-    _check_target_modules(base, plan)
-    adapter = LoraConfig(
-        r=plan.lora_r,
-        lora_alpha=plan.lora_alpha,
-        lora_dropout=plan.lora_dropout,
-        target_modules=plan.target_modules,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        model = get_peft_model(base, adapter)  # adapter weights in float32, whatever the base's precision
-    except ValueError as error:  # a module that is there, and isn't a linear layer
-        raise ConfigError(f"SFT_LORA__TARGET_MODULES: {error}", hint="name linear layers, or use all-linear") from error
+    token_ids = add_new_tokens(base, vocabulary_size, new_tokens)
+    model = add_adapter(base, plan, token_ids)
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(
         "adapter: %s of %s parameters are trained (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
@@ -67,19 +62,6 @@ def _load_base(plan: TrainPlan, folder: Path) -> PreTrainedModel:
             hint=_UPLOAD_AGAIN,
         )
     return base
-
-
-def _check_target_modules(base: nn.Module, plan: TrainPlan) -> None:
-    if plan.target_modules == "all-linear":
-        return
-    linear = sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
-    names = [name for name, _ in base.named_modules()]
-    for target in plan.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ConfigError(
-                f"SFT_LORA__TARGET_MODULES={target}: the model has no such module",
-                hint=f"it has {', '.join(linear)}",
-            )
 
 
 @torch.no_grad()
@@ -122,22 +104,10 @@ def _logits(model: nn.Module, rows: list[Row], device: torch.device) -> torch.Te
     batch = join_rows(
         [{"input_ids": row["input_ids"][:_PROOF_TOKENS], "labels": row["labels"][:_PROOF_TOKENS]} for row in rows]
     )
-    logits: torch.Tensor = model(
-        input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device)
-    ).logits
+    dtype = next(model.parameters()).dtype
+    # Modules that are trained whole are in float32, whatever the base's precision.
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        logits: torch.Tensor = model(
+            input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device)
+        ).logits
     return logits[0].float()
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter and its configuration.
-
-    Raises DivergedError when a weight isn't finite, InternalError when nothing was learned.
-    """
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise DivergedError(f"{len(broken)} of {len(weights)} adapter weights are NaN or infinite, {broken[0]} first")
-    # B starts at zero: if it still is, no gradient ever reached the adapter
-    if not any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora_embedding_B" in name):
-        raise InternalError("the adapter is unchanged after training")
-    model.save_pretrained(folder)

@@ -3,18 +3,22 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 import transformers
 from accelerate.utils import DistributedType
+from peft import PeftModel
 
 from job.errors import InternalError
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
+from job.train.adapter import save_adapter
 from job.train.dataset import PadRows, TokenRows, join_rows
-from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model, save_adapter
+from job.train.early_stopping import EarlyStopping
+from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
 from job.train.trainer import StepMetrics, StreamTrainer, evaluate_loss, training_arguments
 
 
@@ -29,18 +33,31 @@ def train(
     transformers.utils.logging.disable_progress_bar()
     say = logger.info if rank == 0 else logger.debug
     _check_devices(plan)
-    train_rows = TokenRows(inputs.train_tokens, np.load(folder.train_rows), plan.max_length_tokens)
-    eval_tokens = inputs.eval_tokens or inputs.train_tokens
-    eval_rows = TokenRows(eval_tokens, np.load(folder.eval_rows), plan.max_length_tokens)
+    train_rows = TokenRows(inputs.train_tokens, np.load(folder.train_rows))
+    eval_rows = TokenRows(inputs.eval_tokens or inputs.train_tokens, np.load(folder.eval_rows))
 
     say("loading the base model")
     arguments = training_arguments(plan, folder.root / "scratch")  # starts the process group
     transformers.set_seed(plan.seed)  # the adapter starts from random numbers; the Trainer would seed only afterwards
-    model = load_model(plan, inputs.model_folder)
-    metrics = StepMetrics(plan, folder.metrics, rank=rank, lengths=train_rows.lengths(), remember_step=remember_step)
+    model = load_model(plan, inputs.model_folder, vocabulary_size=inputs.vocabulary_size, new_tokens=inputs.new_tokens)
+    metrics = StepMetrics(
+        plan,
+        folder.metrics,
+        rank=rank,
+        rows=train_rows,
+        names=inputs.train_names,
+        remember_step=remember_step,
+    )
     collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
+    evaluate = partial(evaluate_loss, model, eval_rows, plan, collate, rank=rank)
+    stopping = _early_stopping(plan, model, evaluate, metrics)
     trainer = StreamTrainer(
-        plan, model=model, args=arguments, train_dataset=train_rows, data_collator=collate, callbacks=[metrics]
+        plan,
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        data_collator=collate,
+        callbacks=[metrics] if stopping is None else [metrics, stopping],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     _check_promises(plan, trainer)
@@ -51,7 +68,7 @@ def train(
     result: dict[str, float | int] = {}
     if plan.eval_rows:
         # A fresh adapter adds nothing, so this is the base model's.
-        result["eval_loss_base"] = evaluate_loss(model, eval_rows, plan, collate, rank=rank)
+        result["eval_loss_base"] = evaluate()
         say("held-out loss of the base model: %.4f", result["eval_loss_base"])
     say("training")
     started_s = time.monotonic()
@@ -65,14 +82,31 @@ def train(
         "tokens_per_second": round(metrics.tokens(trained.global_step) / elapsed_s, 1),
         "train_seconds": round(elapsed_s, 1),
     }
+    if stopping is not None:
+        stopping.restore_best()
+        result |= {"best_step": stopping.best_step, "stopped_early": stopping.stopped_early}
     if plan.eval_rows:
-        result["eval_loss"] = evaluate_loss(model, eval_rows, plan, collate, rank=rank)
+        result["eval_loss"] = evaluate()
         say("held-out loss: %.4f before, %.4f after", result["eval_loss_base"], result["eval_loss"])
-    if trained.global_step != plan.steps:
+    if trained.global_step != plan.steps and not (stopping is not None and stopping.stopped_early):
         raise InternalError(f"training ended after {trained.global_step} of {plan.steps} steps")
     if rank == 0:
         save_adapter(model, folder.adapter)
         write_whole(folder.result, json.dumps(result, allow_nan=False))
+
+
+def _early_stopping(
+    plan: TrainPlan, model: PeftModel, evaluate: Callable[[], float], metrics: StepMetrics
+) -> EarlyStopping | None:
+    if plan.early_stopping_patience is None or plan.eval_interval_steps is None:
+        return None
+    return EarlyStopping(
+        model,
+        interval_steps=plan.eval_interval_steps,
+        patience=plan.early_stopping_patience,
+        evaluate=evaluate,
+        record=metrics.record_evaluation,
+    )
 
 
 def _check_devices(plan: TrainPlan) -> None:

@@ -39,7 +39,7 @@ def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
         warmup_steps=plan.warmup_steps,
         weight_decay=0.0,
         max_grad_norm=plan.max_grad_norm,
-        optim="adamw_torch_fused" if plan.device == "cuda" else "adamw_torch",
+        optim=_optimizer_name(plan),
         bf16=plan.dtype == "bfloat16",  # on by default
         fp16=plan.dtype == "float16",
         use_cpu=plan.device == "cpu",
@@ -62,6 +62,12 @@ def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
     )
 
 
+def _optimizer_name(plan: TrainPlan) -> str:
+    if plan.optimizer == "paged_adamw_8bit":
+        return plan.optimizer
+    return "adamw_torch_fused" if plan.device == "cuda" else "adamw_torch"
+
+
 class StreamTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that reads rows in the order of `StreamSampler`."""
 
@@ -76,6 +82,11 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
 def make_sampler(plan: TrainPlan) -> StreamSampler:
     """Return the order of rows of the whole run; accelerate deals consecutive micro batches out to the processes."""
     return StreamSampler(plan.train_rows, steps=plan.steps, global_batch_size=plan.global_batch_size, seed=plan.seed)
+
+
+def _order_by_step(plan: TrainPlan) -> np.ndarray:
+    """Return the indices of the segments that each step learns from, int64 (steps, global batch)."""
+    return np.fromiter(make_sampler(plan), dtype=np.int64).reshape(plan.steps, -1)
 
 
 def has_exploded(losses: Sequence[float]) -> bool:
@@ -97,17 +108,20 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         path: Path,
         *,
         rank: int,
-        lengths: np.ndarray,
+        rows: TokenRows,
+        names: Sequence[str],
         remember_step: Callable[[int], None],
     ) -> None:
         self._plan = plan
         self._path = path
         self._is_writer = rank == 0
-        order = np.fromiter(make_sampler(plan), dtype=np.int64)
-        self._tokens_by_step = lengths[order].reshape(plan.steps, -1).sum(axis=1).cumsum()  # (steps,)
+        self._rows = rows
+        self._names = names
+        self._tokens_by_step = rows.lengths()[_order_by_step(plan)].sum(axis=1).cumsum()  # (steps,)
         self._started_s = time.monotonic()
         self._remember_step = remember_step
         self._losses: list[float] = []
+        self._logged_step = 0
 
     def tokens(self, step: int) -> int:
         """Return the tokens that all processes have learned from up to a step."""
@@ -146,9 +160,22 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         if not (math.isfinite(loss) and (math.isfinite(grad_norm) or is_overflow)):
             raise DivergedError(
                 f"step {step} of {self._plan.steps}: loss {loss}, gradient norm {grad_norm}, "
-                f"learning rate {logs['learning_rate']:.3g}",
+                f"learning rate {logs['learning_rate']:.3g}; rows since step {self._logged_step}: "
+                f"{self._describe_rows(self._logged_step, step)}",
                 hint=self._hint(),
             )
+        self._logged_step = step
+
+    def record_evaluation(self, step: int, loss: float) -> None:
+        """Record the held-out loss after a step.
+
+        Raises DivergedError when it is no number; on every rank alike, since all ranks evaluate to the same loss.
+        """
+        if self._is_writer:
+            self._append({"step": step, "eval_loss": loss})
+            logger.info("step %d/%d  held-out loss %.4f", step, self._plan.steps, loss)
+        if not math.isfinite(loss):
+            raise DivergedError(f"step {step} of {self._plan.steps}: the held-out loss is {loss}", hint=self._hint())
 
     def check_not_exploded(self) -> None:
         """Raise DivergedError when the run learned the opposite of what it was shown."""
@@ -157,6 +184,9 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
                 f"the loss rose from {self._losses[0]:.2f} at the first step to {self._losses[-1]:.2f} at the last",
                 hint=self._hint(),
             )
+
+    def _describe_rows(self, after_step: int, step: int) -> str:
+        return self._rows.describe(_order_by_step(self._plan)[after_step:step].ravel(), self._names)
 
     def _hint(self) -> str:
         lower = self._plan.learning_rate / 4
@@ -174,10 +204,7 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
             "tokens": tokens,
             "elapsed_s": round(elapsed_s, 3),
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            # NaN isn't JSON
-            finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
-            file.write(json.dumps(finite) + "\n")
+        self._append(record)
         logger.info(
             "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s  %.0f s left",
             step,
@@ -188,6 +215,12 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
             tokens / elapsed_s,
             elapsed_s / step * (self._plan.steps - step),
         )
+
+    def _append(self, record: dict[str, float]) -> None:
+        # NaN isn't JSON
+        finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
 
 
 @torch.no_grad()

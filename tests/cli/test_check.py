@@ -52,7 +52,7 @@ def test_check_prints_the_plan_and_leaves_no_trace(
     assert ended.outcome["message"] == "is ready to train"
     assert "== training" not in ended.output
     assert "== fetching the base model" not in ended.output
-    assert not (tmp_path / "work" / "run").exists()
+    assert sorted(path.name for path in (tmp_path / "work" / "run").iterdir()) == ["plan.json", "xray.json"]
     keys = [item["Key"] for item in s3_client.list_objects_v2(Bucket=bucket)["Contents"]]
     assert keys == ["data/train.jsonl"]
 

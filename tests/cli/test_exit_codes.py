@@ -44,7 +44,7 @@ def silent_port() -> Iterator[int]:
 def on_s3(
     seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tiny_model: Path, tmp_path: Path
 ) -> Iterator[dict[str, str]]:
-    """A job that would succeed: data and output in S3. Afterwards its output slot must be empty."""
+    """A job that would succeed: data and output in S3. Afterwards nothing of an adapter may be in its output slot."""
     put_rows(s3_client, bucket, ROWS)
     environment = job_environment(
         tmp_path,
@@ -54,7 +54,7 @@ def on_s3(
         TRAIN__MAX_STEPS=2,
     )
     yield environment | seaweed.environment()
-    assert list_keys(s3_client, bucket, "out") == []
+    assert list_keys(s3_client, bucket, "out") in ([], ["out/bad_rows.jsonl"])  # the list of what ended the job
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ PUBLISHED = {
     "manifest.json",
     "metrics.jsonl",
     "plan.json",
+    "xray.json",
     "tokenizer.json",
     "tokenizer_config.json",
 }

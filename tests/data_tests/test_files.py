@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from job.data.files import BadRow, Row, is_readable, read_rows
+from job.data.reading import lines as lines_module
+from job.data.reading.files import BadRow, Row, is_readable, read_rows
 from job.errors import DataError
 
 ROWS = [
@@ -141,6 +142,12 @@ def test_a_bad_line_of_json_names_its_line_and_column(tmp_path: Path) -> None:
         (b'{"text": "cut', "not valid JSON: Unterminated string starting at, column 10"),
         (b'{"text": ' + b"9" * 5_000 + b"}", "not valid JSON: Exceeds the limit"),
         (b"[" * 200_000, "not valid JSON: "),
+        (b'{"a": ' * 200_000, "not valid JSON: "),
+        (b'{"text": "a"}{"text": "b"}', "not valid JSON: Extra data, column 14"),
+        (b'{"text": "a", "text": "b"}', "the key 'text' is there twice in one object"),
+        (b'{"messages": [{"role": "user", "role": "x"}]}', "the key 'role' is there twice in one object"),
+        (b'{"text": "a\x00b"}', "not valid JSON: Invalid control character at, column 12"),
+        (b"\x00\x00\x00", "not valid JSON: Expecting value, column 1"),
     ],
 )
 def test_a_bad_line_costs_one_row(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -163,9 +170,37 @@ def test_lines_longer_than_a_chunk_are_whole(tmp_path: Path) -> None:
     assert [row.values["text"] for row in read(tmp_path, "a.jsonl", data)] == texts  # type: ignore[union-attr]
 
 
-def test_utf16_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_utf16_is_named(tmp_path: Path, name: str, encoding: str) -> None:
     with pytest.raises(DataError, match="UTF-16"):
-        read(tmp_path, "a.jsonl", '{"text": "x"}'.encode("utf-16"))
+        read(tmp_path, name, '{"text": "x"}'.encode(encoding))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_line_that_is_too_long_costs_one_row_and_no_memory(tmp_path: Path, ending: str) -> None:
+    good, long = b'{"text": "good"}\n', b'{"text": "%s"}' % (b"x" * (150 << 20))
+    path = write(tmp_path, "big", compress(good + long + b"\n" + good * 2 + long, ending))
+    del long
+    tracemalloc.start()
+    rows = list(read_rows(path, f"a.jsonl{ending}"))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(type(row), row.number) for row in rows] == [(Row, 1), (BadRow, 2), (Row, 3), (Row, 4), (BadRow, 5)]
+    assert rows[1].reason == "longer than 16 MiB, so it is not read"  # type: ignore[union-attr]
+    assert json.loads(rows[1].content).startswith('{"text": "xxx')  # type: ignore[union-attr]
+    assert peak_bytes < 80 << 20
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 10, 16, 17, 20])
+def test_where_chunks_end_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(lines_module, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 20)
+    fits, too_long = b'{"a": 123456789012}', b'{"a": 1234567890123}'  # with its line feed, 20 bytes and 21
+    lines = [b'{"a": 1}', b"", fits, too_long, b'{"a": 2}\r', b"1" * 50, b"{}"]
+    rows = read(tmp_path, "a.jsonl", b"\xef\xbb\xbf" + b"\n".join(lines))
+    expected = [(Row, 1), (Row, 3), (BadRow, 4), (Row, 5), (BadRow, 6), (Row, 7)]
+    assert [(type(row), row.number) for row in rows] == expected
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
@@ -269,6 +304,21 @@ def test_broken_json_lines_in_a_json_file_are_judged_line_by_line(tmp_path: Path
     assert [(type(row), row.number) for row in rows] == [(BadRow, 1), (Row, 2), (BadRow, 3)]
 
 
+def test_a_json_document_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.data.reading.json_rows.MAX_DOCUMENT_BYTES", 1 << 20)
+    row = b'{"text": "%s"}' % (b"x" * 1_000)
+    for data in (b"[" + b",".join([row] * 1_100) + b"]", b'{"data": [' + b",".join([row] * 1_100) + b"]}"):
+        with pytest.raises(DataError, match=r"a\.json: a JSON document of more than 1 MiB") as caught:
+            read(tmp_path, "a.json", data)
+        assert "JSON lines" in caught.value.hint
+    assert len(read(tmp_path, "a.json", b"\n".join([row] * 1_100))) == 1_100
+
+
+def test_a_key_twice_in_a_json_list_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.json:2: not valid JSON: the key 'text' is there twice"):
+        read(tmp_path, "a.json", b'[{"text": "a"},\n{"text": "b", "text": "c"}]')
+
+
 # -- CSV ---------------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +328,7 @@ def test_a_csv_record_has_the_line_that_it_begins_on(tmp_path: Path) -> None:
         Row("a.csv", 2, {"prompt": "one\ntwo", "completion": "x"}),
         Row("a.csv", 5, {"prompt": "y", "completion": "z"}),
         BadRow("a.csv", 6, "3 fields, but the header names 2"),
-        BadRow("a.csv", 7, "1 fields, but the header names 2"),
+        BadRow("a.csv", 7, "1 field, but the header names 2"),
         Row("a.csv", 8, {"prompt": "e\n", "completion": "f"}),
     ]
 
@@ -294,6 +344,21 @@ def test_bad_csv_records_cost_one_row(tmp_path: Path) -> None:
 def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
     text = "long " * 100_000
     assert read(tmp_path, "a.csv", f"text\n{text}\n".encode()) == [Row("a.csv", 2, {"text": text})]
+
+
+def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.data.reading.separated.MAX_LINE_BYTES", 100)
+    rows = read(tmp_path, "a.csv", b'text,n\n"never closed,1\n' + b"a,2\n" * 200)
+    assert rows[0].number == 2
+    assert "field larger than field limit (100)" in rows[0].reason  # type: ignore[union-attr]
+    assert len(rows) > 150
+
+
+def test_a_csv_line_that_is_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 20)
+    with pytest.raises(DataError, match=r"a\.csv:3: a line of more than"):
+        read(tmp_path, "a.csv", b"text,n\na,1\n" + b"x" * 30 + b",2\n")
 
 
 @pytest.mark.parametrize(

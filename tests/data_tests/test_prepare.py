@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from job.data import TokenizedData, choose_max_length, load_tokenizer, select_rows, split_rows, tokenize_files
-from job.data import prepare as prepare_module
-from job.data.shapes import LossOn
+from job.data import RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
+from job.data.encode_chunk import digest_ids
+from job.data.shaping.shapes import LossOn, PlainExample
 from job.errors import ConfigError, DataError
 
 
@@ -21,16 +22,36 @@ def tokenizer(tokenizer_folder: Path) -> Any:
     return load_tokenizer(tokenizer_folder)
 
 
-def write_rows(path: Path, rows: list[Any]) -> tuple[Path, str]:
+def write_rows(path: Path, rows: list[Any]) -> SourceFile:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path, path.name
+    return SourceFile(path, path.name, path.name)
 
 
 def prepare(
-    files: list[tuple[Path, str]], tokenizer: Any, folder: Path, *, loss_on: LossOn = "auto", reports: Any = None
+    files: list[SourceFile],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    loss_on: LossOn = "auto",
+    processes: int = 1,
+    reports: list[tuple[int, int]] | None = None,
 ) -> TokenizedData:
-    report = (lambda rows: None) if reports is None else reports.append
-    return tokenize_files(files, tokenizer, loss_on=loss_on, target=folder / "out" / "rows.arrow", report=report)
+    def report(rows: int, size_bytes: int) -> None:
+        if reports is not None:
+            reports.append((rows, size_bytes))
+
+    return tokenize_files(
+        files, tokenizer, RowOptions(loss_on), folder=folder / "out", processes=processes, report=report
+    )
+
+
+def read_table(data: TokenizedData) -> Any:
+    with pa.memory_map(str(data.path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def read_bad_rows(data: TokenizedData) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.bad_rows_path.read_text("utf-8").splitlines()]
 
 
 def pairs(count: int) -> list[dict[str, str]]:
@@ -45,21 +66,18 @@ def test_files_of_different_shapes_become_one_arrow_file(tmp_path: Path, tokeniz
         write_rows(tmp_path / "c.jsonl", [{"messages": conversation}, {"messages": conversation * 3}]),
         write_rows(tmp_path / "d.jsonl", [{"text": "plain"}]),
     ]
-    reports: list[int] = []
+    reports: list[tuple[int, int]] = []
     data = prepare(files, tokenizer, tmp_path, reports=reports)
     assert data.names == ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")
     assert data.rows_per_file == (2_500, 0, 2, 1)
-    assert data.shapes == ("prompt/completion", None, "messages", "text")
+    assert [found and found.shape for found in data.formats] == ["prompt/completion", None, "messages", "text"]
     assert reports == sorted(reports)
-    assert reports[-1] == 2_503
-    assert len(reports) > 2
-    assert sorted(path.name for path in data.path.parent.iterdir()) == ["rows.arrow"]
+    assert reports[-1] == (2_503, sum(file.path.stat().st_size for file in files))
+    assert (data.rows_read, data.bad_rows) == (2_503, 0)
+    assert data.bad_rows_path.read_bytes() == b""
 
-    with pa.memory_map(str(data.path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-        assert pa.total_allocated_bytes() < 100_000  # mapped, not read
-        rows = table.to_pylist()
-    assert table.schema.types == [pa.list_(pa.int32()), pa.list_(pa.int32()), pa.int32(), pa.int64()]
+    rows = read_table(data).to_pylist()
+    assert read_table(data).schema.types == [pa.list_(pa.int32()), pa.list_(pa.int32()), pa.int32(), pa.int64()]
     assert len(rows) == 2_503
     assert [(row["file"], row["line"]) for row in rows[-4:]] == [(0, 2_500), (2, 1), (2, 2), (3, 1)]
     for index, row in enumerate(rows):
@@ -67,11 +85,29 @@ def test_files_of_different_shapes_become_one_arrow_file(tmp_path: Path, tokeniz
         assert len(row["input_ids"]) == len(row["labels"]) == data.lengths_tokens[index]
         assert len(positions) == data.supervised_tokens[index]
         assert positions[0] == data.first_supervised[index]
+        assert digest_ids(np.array(row["input_ids"], dtype=np.int32)) == data.digests[index]
         assert tokenizer.eos_token_id in row["labels"]
     assert data.eos_supervised_rows == 2_503
     assert data.end_token_rows == {tokenizer.eos_token_id: 2_503}
     answer = [label for label in rows[8]["labels"] if label != -100]
     assert tokenizer.decode(answer) == "word word <|im_end|>"
+
+
+def test_tokens_are_mapped_and_not_read(tmp_path: Path, tokenizer: Any) -> None:
+    data = prepare([write_rows(tmp_path / "a.jsonl", pairs(2_500))], tokenizer, tmp_path)
+    before = pa.total_allocated_bytes()
+    with pa.memory_map(str(data.path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+        assert table.num_rows == 2_500
+        assert pa.total_allocated_bytes() < before + 100_000
+
+
+def test_digests_tell_rows_of_the_same_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": "a b"}, {"text": "a  b"}, {"text": "a b", "source": "elsewhere"}]
+    digests = prepare([write_rows(tmp_path / "a.jsonl", rows)], tokenizer, tmp_path).digests
+    assert digests.dtype == np.uint64
+    assert digests[0] == digests[2]
+    assert digests[0] != digests[1]
 
 
 def test_where_eos_is_not_what_ends_a_turn_it_is_not_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -81,55 +117,105 @@ def test_where_eos_is_not_what_ends_a_turn_it_is_not_counted(tmp_path: Path, tok
     assert data.end_token_rows == {tokenizer.convert_tokens_to_ids("<|im_end|>"): 3}
 
 
-def test_compressed_csv_and_json_lines_give_the_same_tokens(tmp_path: Path, tokenizer: Any) -> None:
+def test_formats_give_the_same_tokens(tmp_path: Path, tokenizer: Any) -> None:
     rows = pairs(20)
     csv = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows)
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(csv.encode()))
-    files = [(tmp_path / "a.csv.gz", "a.csv.gz"), write_rows(tmp_path / "b.jsonl", rows)]
-    data = prepare(files, tokenizer, tmp_path)
-    with pa.memory_map(str(data.path)) as source:
-        tokens = pa.ipc.open_file(source).read_all().to_pydict()
-    assert tokens["input_ids"][:20] == tokens["input_ids"][20:]
-    assert tokens["labels"][:20] == tokens["labels"][20:]
-    assert tokens["line"] == [*range(2, 22), *range(1, 21)]
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    write_rows(tmp_path / "b.jsonl", rows)
+    names = ("a.csv.gz", "b.jsonl", "c.json", "d.parquet")
+    files = [SourceFile(tmp_path / name, name, name) for name in names]
+    for processes in (1, 2):
+        table = read_table(prepare(files, tokenizer, tmp_path, processes=processes)).to_pydict()
+        for column in ("input_ids", "labels"):
+            assert all(table[column][start : start + 20] == table[column][:20] for start in (20, 40, 60))
+        assert table["line"] == [*range(2, 22), *range(1, 21), *range(1, 21), *range(1, 21)]
 
 
-def test_batches_do_not_change_the_result(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [write_rows(tmp_path / "a.jsonl", pairs(150))]
-    whole = prepare(files, tokenizer, tmp_path)
-    with pa.memory_map(str(whole.path)) as source:
-        expected = pa.ipc.open_file(source).read_all().to_pydict()
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 100)
-    small = prepare(files, tokenizer, tmp_path)
-    with pa.memory_map(str(small.path)) as source:
-        reader = pa.ipc.open_file(source)
-        assert reader.num_record_batches > 20
-        assert reader.read_all().to_pydict() == expected
-    assert np.array_equal(whole.first_supervised, small.first_supervised)
+# -- rows that can't be used ------------------------------------------------------------------------------------------
 
 
-def test_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path, tokenizer: Any) -> None:
+def test_bad_rows_are_counted_shown_and_written_down(tmp_path: Path, tokenizer: Any) -> None:
     rows: list[Any] = pairs(100)
     for line in range(40, 70):
-        rows[line - 1] = {"prompt": "only a question"}
+        rows[line - 1] = {"prompt": f"only question {line}", "tags": ["é", None]}
     rows[4] = 7
     files = [write_rows(tmp_path / "good.jsonl", pairs(3)), write_rows(tmp_path / "bad.jsonl", rows)]
-    with pytest.raises(DataError) as caught:
-        prepare(files, tokenizer, tmp_path)
-    lines = caught.value.message.split("\n")
-    assert lines[0] == "31 of 103 rows can't be trained on:"
-    assert lines[1] == "  bad.jsonl:5: a JSON number, not an object"
-    assert lines[2] == "  bad.jsonl:40: column `completion` is missing"
-    assert lines[20] == "  bad.jsonl:58: column `completion` is missing"
-    assert lines[21:] == ["  and 11 more"]
-    assert list((tmp_path / "out").iterdir()) == []
+    with files[1].path.open("ab") as file:
+        file.write(b'{"prompt": "caf\xe9", "completion": "x"}\n{"prompt": "cut')
+    data = prepare(files, tokenizer, tmp_path)
+    assert (data.rows_read, data.bad_rows, data.rows_per_file) == (105, 33, (3, 69))
+    assert data.shown_bad_rows[:2] == (
+        "bad.jsonl:5: a JSON number, not an object",
+        "bad.jsonl:40: column `completion` is missing",
+    )
+    assert len(data.shown_bad_rows) == 20
+    assert data.bad_reasons == {
+        "a JSON number, not an object": 1,
+        "column `completion` is missing": 30,
+        "not valid UTF-N: invalid continuation byte at byte N of the line": 1,
+        "not valid JSON: Unterminated string starting at, column N": 1,
+    }
+    bad = read_bad_rows(data)
+    assert [row["line"] for row in bad] == [5, *range(40, 70), 101, 102]
+    assert {row["file"] for row in bad} == {"bad.jsonl"}
+    assert bad[0] == {"file": "bad.jsonl", "line": 5, "reason": "a JSON number, not an object", "row": 7}
+    assert bad[1]["row"] == {"prompt": "only question 40", "tags": ["é", None]}
+    assert bad[-2]["row"] == '{"prompt": "caf\\xe9", "completion": "x"}'
+    assert bad[-1]["row"] == '{"prompt": "cut'
+
+
+def test_bad_rows_of_every_format_are_written_down(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text,n\ngood,1\n"a"b,1\nthree,fields,here\n\xff,2\n,3\n')
+    (tmp_path / "b.json").write_text('[{"text": "good"}, [3], {"text": " ", "n": 1}]')
+    strings = pa.array([b"good", b"\xff\xfe", b""]).view(pa.string())
+    pq.write_table(pa.table({"text": strings, "n": [1.0, 2.0, float("nan")]}), tmp_path / "c.parquet")
+    data = prepare(
+        [SourceFile(tmp_path / name, name, "") for name in ("a.csv", "b.json", "c.parquet")], tokenizer, tmp_path
+    )
+    bad = read_bad_rows(data)
+    assert [(row["file"], row["line"], row["row"]) for row in bad] == [
+        ("a.csv", 3, '"a"b,1'),
+        ("a.csv", 4, "three,fields,here"),
+        ("a.csv", 5, "\\xff,2"),
+        ("a.csv", 6, {"text": "", "n": "3"}),
+        ("b.json", 2, [3]),
+        ("b.json", 3, {"text": " ", "n": 1}),
+        ("c.parquet", 2, "\\xff\\xfe"),
+        ("c.parquet", 3, "{'text': '', 'n': nan}"),
+    ]
+    assert data.rows_per_file == (1, 1, 1)
+
+
+def test_half_a_surrogate_pair_is_written_down(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"text": "good"}, {"text": "\ud83d"}]
+    data = prepare([write_rows(tmp_path / "a.jsonl", rows)], tokenizer, tmp_path)
+    assert [row["row"] for row in read_bad_rows(data)] == [{"text": "\ud83d"}]
+
+
+def test_reasons_beyond_the_fiftieth_are_counted_together(tmp_path: Path, tokenizer: Any) -> None:
+    roles = ["x" + "y" * number for number in range(35)] + ["z" + "y" * number for number in range(35)]
+    turns = [[{"role": role, "content": "a"}] for role in roles]
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": messages} for messages in (good, *turns)]
+    data = prepare([write_rows(tmp_path / "a.jsonl", rows)], tokenizer, tmp_path)
+    assert data.bad_rows == 70
+    assert len(data.bad_reasons) == 50
+    assert data.bad_reasons["other reasons"] == 21
 
 
 def test_the_first_row_need_not_be_a_good_one(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(
-        DataError, match=r"1 of 3 rows can't be trained on:\n  a\.jsonl:1: column `completion` is missing$"
-    ):
-        prepare([write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}, *pairs(2)])], tokenizer, tmp_path)
+    data = prepare([write_rows(tmp_path / "a.jsonl", [{"prompt": "q"}, *pairs(2)])], tokenizer, tmp_path)
+    assert data.shown_bad_rows == ("a.jsonl:1: column `completion` is missing",)
+
+
+def test_a_file_may_begin_with_many_unreadable_rows(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"[%1000d]\n" % 1 * 10_000 + b'{"text": "good"}\n')
+    data = prepare([SourceFile(path, "a.jsonl", "")], tokenizer, tmp_path)
+    assert (data.rows_read, data.bad_rows, data.rows_per_file) == (10_001, 10_000, (1,))
+    assert data.formats[0] is not None
 
 
 def test_rows_that_cannot_be_tokenised_are_bad_rows(tmp_path: Path, tokenizer: Any) -> None:
@@ -137,27 +223,38 @@ def test_rows_that_cannot_be_tokenised_are_bad_rows(tmp_path: Path, tokenizer: A
         tokenizer.chat_template
     )
     rows = [*pairs(2), {"prompt": "q", "completion": "a"}]
-    with pytest.raises(DataError, match=r"a\.jsonl:3: the chat template refuses it: no q"):
-        prepare([write_rows(tmp_path / "a.jsonl", rows)], tokenizer, tmp_path)
+    data = prepare([write_rows(tmp_path / "a.jsonl", rows)], tokenizer, tmp_path)
+    assert data.shown_bad_rows == ("a.jsonl:3: the chat template refuses it: no q",)
 
 
 def test_a_row_without_a_supervised_token_is_a_bad_row(tmp_path: Path, tokenizer: Any) -> None:
     # The text is the end-of-sequence token alone: it stands at position 0, which is never predicted.
-    with pytest.raises(DataError, match=r"1 of 2 rows .*\n  a\.jsonl:2: no token is left to learn from"):
-        prepare([write_rows(tmp_path / "a.jsonl", [{"text": "a b"}, {"text": "<|im_end|>"}])], tokenizer, tmp_path)
+    data = prepare([write_rows(tmp_path / "a.jsonl", [{"text": "a b"}, {"text": "<|im_end|>"}])], tokenizer, tmp_path)
+    assert data.shown_bad_rows == ("a.jsonl:2: no token is left to learn from",)
 
 
 def test_many_bad_rows_cost_no_memory(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(b"[%60d]\n" % 1 * 200_000)
-    prepare([write_rows(tmp_path / "a.jsonl", pairs(3))], tokenizer, tmp_path)  # imports are not what is measured
+    path.write_bytes(b"[%60d]\n" % 1 * 100_000)
+    files = [write_rows(tmp_path / "a.jsonl", pairs(3)), SourceFile(path, "bad.jsonl", "")]
+    prepare(files[:1], tokenizer, tmp_path)  # imports are not what is measured
     tracemalloc.start()
-    with pytest.raises(DataError, match="200,000 of 200,000 rows"):
-        prepare([(path, "bad.jsonl")], tokenizer, tmp_path)
+    data = prepare(files, tokenizer, tmp_path)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # Their reasons alone would be 20 MB.
-    assert peak_bytes < 6_000_000
+    assert data.bad_rows == 100_000
+    # All of their reasons and contents would be some 30 MB; a chunk and what is made of it stay, whatever their number.
+    assert peak_bytes < 20_000_000
+
+
+def test_when_all_rows_are_bad_all_of_them_are_kept(tmp_path: Path, tokenizer: Any) -> None:
+    files = [write_rows(tmp_path / "a.jsonl", [{"text": ""}] * 25)]
+    for _ in ("tokenised", "kept"):
+        data = prepare(files, tokenizer, tmp_path)
+        assert (data.rows_read, data.bad_rows, len(data.lengths_tokens)) == (25, 25, 0)
+        assert data.shown_bad_rows[0] == "a.jsonl:1: text is empty"
+        assert len(data.shown_bad_rows) == 20
+        assert len(data.bad_rows_path.read_text().splitlines()) == 25
 
 
 def test_no_rows_at_all_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -194,65 +291,15 @@ def test_loss_on_answers_does_not_fit_plain_text(tmp_path: Path, tokenizer: Any)
         prepare([write_rows(tmp_path / "a.jsonl", [{"text": "x y"}])], tokenizer, tmp_path, loss_on="assistant")
 
 
-# -- which rows, and how long ---------------------------------------------------------------------------------------
-
-
-def make_data(lengths: list[int], first: list[int]) -> TokenizedData:
-    count = np.array(lengths, dtype=np.int64)
-    return TokenizedData(Path("x"), ("x",), (len(lengths),), ("text",), count, count, np.array(first), 0, {})
-
-
-@pytest.mark.parametrize(
-    ("lengths", "context", "expected"),
-    [
-        ([484] * 199 + [2_000], 8_192, 512),
-        ([484] * 197 + [2_000] * 3, 8_192, 2_048),
-        ([64], 8_192, 64),
-        ([65], 8_192, 128),
-        ([1], 8_192, 64),
-        ([5_000], 2_048, 2_048),
-        ([100], 100, 100),
-    ],
-)
-def test_choose_max_length(lengths: list[int], context: int, expected: int) -> None:
-    assert choose_max_length(np.array(lengths), context) == expected
-
-
-def test_select_rows() -> None:
-    data = make_data([10, 20, 21, 50, 60], [1, 19, 19, 20, 5])
-    dropped = select_rows(data, max_length=20, truncation="drop")
-    assert (dropped.indices.tolist(), *dropped[1:]) == ([0, 1], 3, 0, 0)
-    kept = select_rows(data, max_length=20, truncation="keep_start")
-    assert (kept.indices.tolist(), *kept[1:]) == ([0, 1, 2, 4], 0, 2, 1)
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "eval_rows"),
-    [
-        (49, None, 0),
-        (50, None, 5),
-        (78, None, 7),
-        (100_000, None, 500),
-        (100, 0.0, 0),
-        (100, 0.25, 25),
-        (3, 0.01, 1),
-        (1, 0.5, 0),
-        (2, 0.99, 1),
-        (0, None, 0),
-    ],
-)
-def test_split_rows(count: int, fraction: float | None, eval_rows: int) -> None:
-    indices = np.arange(count) * 3
-    train, evaluation = split_rows(indices, fraction=fraction, seed=1)
-    assert len(evaluation) == eval_rows
-    assert sorted([*train, *evaluation]) == indices.tolist()
-    assert train.tolist() == sorted(train)
-    assert evaluation.tolist() == sorted(evaluation)
-
-
-def test_split_rows_follows_the_seed() -> None:
-    indices = np.arange(1_000)
-    first = split_rows(indices, fraction=0.1, seed=1)[1].tolist()
-    assert first == split_rows(indices, fraction=0.1, seed=1)[1].tolist()
-    assert first != split_rows(indices, fraction=0.1, seed=2)[1].tolist()
-    assert first != list(range(100))
+def test_what_is_odd_in_rows_is_counted(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "job.data.encode_chunk.find_oddities", lambda example, _: ("odd",) if "odd" in example.text else ()
+    )
+    monkeypatch.setattr(
+        "job.data.encode_chunk.to_example",
+        lambda values, *_, **__: PlainExample(values["text"], ((0, len(values["text"])),), ("noted",)),
+    )
+    rows = [{"text": "odd"}, {"text": "even"}, {"text": "odd too"}, {"text": ""}]
+    data = prepare([write_rows(tmp_path / "a.jsonl", rows)], tokenizer, tmp_path)
+    assert data.bad_rows == 1
+    assert data.rows_with == {"noted": 3, "odd": 2}

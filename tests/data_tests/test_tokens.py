@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 
-from job.data.shapes import (
+from job.data.encoding.tokens import NOT_SUPERVISED, encode, encode_batch, load_tokenizer
+from job.data.shaping.shapes import (
     ChatExample,
     FatalRowError,
     LossOn,
     PlainExample,
     RowError,
+    RowFormat,
+    RowOptions,
     Shape,
     to_example,
 )
-from job.data.tokens import NOT_SUPERVISED, encode, encode_batch, load_tokenizer
 from job.errors import ConfigError
 
 CHATML = (
@@ -78,8 +80,16 @@ def conversation(*contents: str, system: str | None = None) -> list[dict[str, st
     ]
 
 
+def row_format(shape: Shape, loss_on: LossOn = "auto") -> RowFormat:
+    return RowFormat(shape, RowOptions(loss_on))
+
+
+def plain(text: str, start: int) -> PlainExample:
+    return PlainExample(text, ((start, len(text)),))
+
+
 def chat(messages: list[dict[str, str]], loss_on: LossOn = "auto") -> ChatExample:
-    example = to_example({"messages": messages}, "messages", loss_on, has_template=True)
+    example = to_example({"messages": messages}, row_format("messages", loss_on), has_template=True)
     assert isinstance(example, ChatExample)
     return example
 
@@ -362,7 +372,7 @@ def test_random_conversations(tokenizer: Any, template: str) -> None:
 
 def test_a_batch_gives_what_single_rows_give(tokenizer: Any) -> None:
     examples = [chat(messages) for messages in CASES.values()]
-    examples[3:3] = [PlainExample("some text", 0), PlainExample("2 + 2 = 4", 8)]  # type: ignore[list-item]
+    examples[3:3] = [plain("some text", 0), plain("2 + 2 = 4", 8)]  # type: ignore[list-item]
     for example, row in zip(examples, encode_batch(examples, tokenizer), strict=True):
         assert not isinstance(row, RowError)
         assert (row.input_ids.tolist(), row.labels.tolist()) == encode(example, tokenizer)
@@ -415,7 +425,7 @@ def plain_tokenizer(request: pytest.FixtureRequest) -> Any:
 )
 def test_prompt_and_completion_as_plain_text(plain_tokenizer: Any, prompt: str, completion: str) -> None:
     values = {"prompt": prompt, "completion": completion}
-    ids, labels = encode(to_example(values, "prompt/completion", "auto", has_template=False), plain_tokenizer)
+    ids, labels = encode(to_example(values, row_format("prompt/completion"), has_template=False), plain_tokenizer)
     assert ids[0] == plain_tokenizer.bos_token_id
     assert ids.count(plain_tokenizer.bos_token_id) == 1
     assert labels[-1] == plain_tokenizer.eos_token_id
@@ -430,14 +440,14 @@ def test_prompt_and_completion_as_plain_text(plain_tokenizer: Any, prompt: str, 
 
 def test_a_token_of_only_the_prompts_space_is_not_supervised() -> None:
     tokenizer = make_plain_tokenizer("trimmed")
-    ids, labels = encode(PlainExample("answer: (", 8), tokenizer)
+    ids, labels = encode(plain("answer: (", 8), tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids)[-3:] == ["Ġ", "(", "</s>"]
     assert [label for label in labels if label != NOT_SUPERVISED] == ids[-2:]
 
 
 @pytest.mark.parametrize("text", ["Until nine.", "九點🙂", "  yes  ", "yes\n", "yes</s>"])
 def test_text_is_supervised_whole_and_ends_in_one_eos(plain_tokenizer: Any, text: str) -> None:
-    ids, labels = encode(PlainExample(text, 0), plain_tokenizer)
+    ids, labels = encode(plain(text, 0), plain_tokenizer)
     assert ids[0] == plain_tokenizer.bos_token_id
     assert labels[1:] == ids[1:]
     assert ids[-1] == plain_tokenizer.eos_token_id
@@ -445,7 +455,7 @@ def test_text_is_supervised_whole_and_ends_in_one_eos(plain_tokenizer: Any, text
 
 
 def test_an_instruct_tokenizer_reads_text_too(tokenizer: Any) -> None:
-    ids, labels = encode(PlainExample("a film", 0), tokenizer)
+    ids, labels = encode(plain("a film", 0), tokenizer)
     assert labels == ids
     assert decode(tokenizer, ids) == "a film<|im_end|>"
 
@@ -453,7 +463,7 @@ def test_an_instruct_tokenizer_reads_text_too(tokenizer: Any) -> None:
 @pytest.mark.parametrize("shape", ["prompt/completion", "instruction/output"])
 def test_instruction_columns_give_the_same_tokens_as_turns(tokenizer: Any, shape: Shape) -> None:
     values = {"prompt": "q", "completion": "a", "instruction": "q", "output": "a", "system": "s"}
-    ids, labels = encode(to_example(values, shape, "auto", has_template=True), tokenizer)
+    ids, labels = encode(to_example(values, row_format(shape), has_template=True), tokenizer)
     assert (ids, labels) == encode(chat(conversation("q", "a", system="s")), tokenizer)
 
 
@@ -474,13 +484,13 @@ def test_a_template_that_writes_bos_gets_no_second_one(plain_tokenizer: Any) -> 
 def test_a_tokenizer_without_eos_is_an_error(plain_tokenizer: Any) -> None:
     plain_tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="EOS"):
-        encode(PlainExample("text", 0), plain_tokenizer)
+        encode(plain("text", 0), plain_tokenizer)
 
 
 def test_a_text_longer_than_the_models_context_is_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer.model_max_length = 8
     logging.getLogger("transformers").propagate = True
-    ids, _ = encode(PlainExample("word " * 50, 0), tokenizer)
+    ids, _ = encode(plain("word " * 50, 0), tokenizer)
     logging.getLogger("transformers").propagate = False
     assert len(ids) > 50
     assert caplog.records == []

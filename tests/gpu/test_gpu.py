@@ -1,11 +1,13 @@
 """The job on real GPUs, through its command line; `make test-gpu` runs these where there is one."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bare_model import save_bare_model
 from job_cli import SHOP, job_environment, run_job
 
 
@@ -54,6 +56,23 @@ def test_joined_rows_learn_what_padded_rows_learn(tiny_model: Path, tmp_path: Pa
     joined = train(tmp_path / "joined", tiny_model, MODEL__DTYPE=dtype, TRAIN__PACKING="true")
     padded = train(tmp_path / "padded", tiny_model, MODEL__DTYPE=dtype, TRAIN__PACKING="false")
     assert joined["losses"] == pytest.approx(padded["losses"], rel=1e-2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_learn_on_a_gpu_what_they_learn_on_a_cpu(tmp_path: Path, tied: bool) -> None:
+    model = save_bare_model(tmp_path / "model", tied=tied)
+    settings = {"MODEL__CHAT_TEMPLATE": "chatml", "MODEL__DTYPE": "float32", "PARALLEL__PROCESSES": 1}
+    on_gpu = train(tmp_path / "gpu", model, **settings)
+    on_cpu = train(tmp_path / "cpu", model, on_gpu=False, **settings)
+    assert on_gpu["plan"]["new_tokens"] == ["<|im_start|>", "<|im_end|>"]
+    assert on_gpu["losses"] == pytest.approx(on_cpu["losses"], rel=1e-3)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_the_paged_optimizer_learns_what_the_plain_one_learns(tiny_model: Path, tmp_path: Path) -> None:
+    paged = train(tmp_path / "paged", tiny_model, TRAIN__OPTIMIZER="paged_adamw_8bit")
+    plain = train(tmp_path / "plain", tiny_model, TRAIN__OPTIMIZER="adamw")
+    assert paged["losses"] == pytest.approx(plain["losses"], rel=3e-2)
 
 
 def test_more_processes_than_gpus_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from job.hardware import Gpu, Hardware
-from job.plan import DataFacts, TrainPlan, make_plan, plan_parallel
+from job.parallel import plan_parallel
+from job.plan import DataFacts, TrainPlan, make_plan
 from job.settings import Settings, load_settings
 
 REQUIRED = {"MODEL__ID": "org/model", "DATA__URI": "/data/train.jsonl", "OUTPUT__URI": "/out"}
@@ -57,8 +58,10 @@ def facts() -> Callable[..., DataFacts]:
         values: dict[str, Any] = {
             "model_revision": "abc123",
             "model_type": "llama",
+            "chat_template": "the tokenizer's own",
             "max_length_tokens": 512,
             "max_length_source": "auto",
+            "truncation": "drop",
             "train_rows": 100,
             "eval_rows": 10,
             "train_tokens": 20_000,

@@ -7,16 +7,24 @@ from typing import Any
 
 import pytest
 
+from job import manifest
 from job.hardware import Hardware
 from job.manifest import DataFile, make_manifest, make_run_id
 from job.plan import TrainPlan
+from job.presets import load_presets
 from job.settings import Settings
 
 Load = Callable[..., Settings]
 
 
-def run_id(settings: Settings, train: str = "aa", evaluation: str = "bb", revision: str = "main1") -> str:
-    return make_run_id(settings, [train], [evaluation], revision)
+def run_id(settings: Settings, **changes: Any) -> str:
+    facts: dict[str, Any] = {
+        "train": [("aa", 1.0)],
+        "evaluation": ["bb"],
+        "model_revision": "main1",
+        "chat_template": None,
+    }
+    return make_run_id(settings, **(facts | changes))
 
 
 def test_it_is_16_hex_digits_and_stable(load: Load) -> None:
@@ -28,7 +36,6 @@ def test_it_is_16_hex_digits_and_stable(load: Load) -> None:
 
 CHANGES = {
     "MODEL__ID": "org/other",
-    "MODEL__CHAT_TEMPLATE": "chatml",
     "MODEL__DTYPE": "float32",
     "MODEL__ATTN_IMPLEMENTATION": "eager",
     "DATA__EVAL_FRACTION": "0.2",
@@ -56,6 +63,7 @@ CHANGES = {
 }
 KEEPS = {
     "MODEL__REVISION": "v2",  # counts as the commit that it resolves to
+    "MODEL__CHAT_TEMPLATE": "/elsewhere/chat.jinja",  # counts as its text
     "DATA__URI": "s3://elsewhere/train.jsonl",
     "DATA__EVAL_URI": "s3://elsewhere/eval.jsonl",
     "DATA__BAD_ROWS": "skip",
@@ -98,14 +106,41 @@ def test_data_and_base_model_make_another_run(load: Load) -> None:
     settings = load()
     names = {
         run_id(settings),
-        run_id(settings, train="cc"),
-        run_id(settings, evaluation="cc"),
-        run_id(settings, train="bb", evaluation="aa"),
-        run_id(settings, revision="main2"),
-        make_run_id(settings, ["aa", "bb"], [], "main1"),
-        make_run_id(settings, ["bb", "aa"], [], "main1"),
+        run_id(settings, train=[("cc", 1.0)]),
+        run_id(settings, train=[("aa", 0.5)]),
+        run_id(settings, evaluation=["cc"]),
+        run_id(settings, train=[("bb", 1.0)], evaluation=["aa"]),
+        run_id(settings, model_revision="main2"),
+        run_id(settings, chat_template="{{ messages }}"),
+        run_id(settings, train=[("aa", 1.0), ("bb", 1.0)], evaluation=[]),
+        run_id(settings, train=[("bb", 1.0), ("aa", 1.0)], evaluation=[]),
     }
-    assert len(names) == 7
+    assert len(names) == 9
+
+
+def test_the_base_models_preset_counts_as_far_as_it_is_used(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the rows are few enough for it follows from the data, which is in the name already."""
+    names = {
+        "MODEL__ID": "Qwen/Qwen2.5-0.5B",
+        "LORA__R": "16",  # the default's value, and the preset's: given, it holds for many rows too
+        "LORA__DROPOUT": "0.05",
+        "TRAIN__EPOCHS": "5",
+    }
+    with_preset = load(MODEL__ID="Qwen/Qwen2.5-0.5B")
+    given = load(**names)
+    micro = load(MODEL__ID="Qwen/Qwen2.5-0.5B", TRAIN__MICRO_BATCH_SIZE="2")
+    before = [run_id(settings) for settings in (with_preset, given, micro)]
+    assert before[0] == before[2] != before[1]
+
+    (preset,) = [preset for preset in load_presets() if preset.matches("Qwen2.5-0.5B")]
+    changed = preset.model_copy(update={"train": preset.train.model_copy(update={"epochs": 6.0})})
+    monkeypatch.setattr(manifest, "find_preset", lambda model_id: changed)
+    assert run_id(with_preset) != before[0]
+    assert run_id(given) == before[1]
+    monkeypatch.setattr(manifest, "find_preset", lambda model_id: preset.model_copy(update={"max_rows": 99}))
+    assert run_id(with_preset) != before[0]
+    monkeypatch.setattr(manifest, "find_preset", lambda model_id: None)
+    assert run_id(with_preset) != before[0]
 
 
 def test_a_manifest_lists_what_lies_in_the_folder(
@@ -115,16 +150,16 @@ def test_a_manifest_lists_what_lies_in_the_folder(
     file.parent.mkdir()
     file.write_bytes(b"weights")
     arguments: dict[str, Any] = {"run_id": "0" * 16, "metrics": {"steps": 3}, "files": [file], "folder": tmp_path}
-    manifest = make_manifest(
+    made = make_manifest(
         settings=load(),
         plan=plan_for(),
         hardware=machine(gpus=1),
-        data=[DataFile("/d", "etag", "sha", 10, 2)],
+        data=[DataFile("/d", "etag", "sha", 10, 2, 1.0)],
         **arguments,
     )
     digest = hashlib.sha256(b"weights").hexdigest()
-    assert manifest["files"] == [{"path": "sub/adapter.bin", "sha256": digest, "bytes": 7}]
-    assert manifest["data"] == [{"uri": "/d", "etag": "etag", "sha256": "sha", "bytes": 10, "rows": 2}]
-    assert manifest["base_model"] == {"id": "org/model", "revision": "abc123"}
-    assert manifest["settings"]["lora"]["r"] == 16
-    assert "torch" in manifest["packages"]
+    assert made["files"] == [{"path": "sub/adapter.bin", "sha256": digest, "bytes": 7}]
+    assert made["data"] == [{"uri": "/d", "etag": "etag", "sha256": "sha", "bytes": 10, "rows": 2, "weight": 1.0}]
+    assert made["base_model"] == {"id": "org/model", "revision": "abc123"}
+    assert made["settings"]["lora"]["r"] == 16
+    assert "torch" in made["packages"]

@@ -10,14 +10,22 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from job.errors import ConfigError, DivergedError, InternalError, NotFoundError
 from job.plan import TrainPlan
+from job.train.adapter import save_adapter
 from job.train.dataset import IGNORED, PadRows, Row, join_rows
-from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model, save_adapter
-from job.train.trainer import evaluate_loss, has_exploded
+from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
+from job.train.trainer import evaluate_loss, has_exploded, training_arguments
 
 PlanFor = Callable[..., TrainPlan]
+
+
+def load_fitting(plan: TrainPlan, folder: Path) -> PeftModel:
+    """Load a model whose tokenizer fits."""
+    return load_model(plan, folder, vocabulary_size=0, new_tokens=[])
 
 
 @pytest.fixture
@@ -27,7 +35,7 @@ def plan(plan_for: PlanFor) -> TrainPlan:
 
 @pytest.fixture
 def model(plan: TrainPlan, tiny_model: Path) -> PeftModel:
-    return load_model(plan, tiny_model)
+    return load_fitting(plan, tiny_model)
 
 
 def make_rows(*lengths: int) -> list[Row]:
@@ -99,7 +107,7 @@ def test_a_broken_base_model_is_refused_before_the_first_step(model: PeftModel, 
 
 
 def test_an_adapter_only_where_it_was_asked_for(plan_for: PlanFor, tiny_model: Path) -> None:
-    model = load_model(plan_for(LORA__TARGET_MODULES="q_proj,layers.0.mlp.up_proj", LORA__R=4), tiny_model)
+    model = load_fitting(plan_for(LORA__TARGET_MODULES="q_proj,layers.0.mlp.up_proj", LORA__R=4), tiny_model)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert all("lora_" in name for name in trained)
     places = {name.split(".lora_")[0].split("layers.")[1] for name in trained}
@@ -111,14 +119,14 @@ def test_an_adapter_only_where_it_was_asked_for(plan_for: PlanFor, tiny_model: P
 @pytest.mark.parametrize("target", ["c_attn", "proj", "q_proj,missing", "mlp"])
 def test_target_modules_that_cannot_be_adapted(plan_for: PlanFor, tiny_model: Path, target: str) -> None:
     with pytest.raises(ConfigError, match="SFT_LORA__TARGET_MODULES") as raised:
-        load_model(plan_for(LORA__TARGET_MODULES=target), tiny_model)
+        load_fitting(plan_for(LORA__TARGET_MODULES=target), tiny_model)
     assert target == "mlp" or "q_proj" in raised.value.hint
 
 
 def test_what_is_no_language_model_is_refused(plan: TrainPlan, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
     with pytest.raises(ConfigError, match="SFT_MODEL__ID=org/model"):
-        load_model(plan, tmp_path)
+        load_fitting(plan, tmp_path)
 
 
 def learn(model: PeftModel, value: float) -> None:
@@ -134,7 +142,7 @@ def test_an_adapter_that_learned_is_saved_and_comes_back(
     learn(model, 0.5)
     save_adapter(model, tmp_path)
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in tmp_path.iterdir()}
-    base = load_model(plan, tiny_model).unload()
+    base = load_fitting(plan, tiny_model).unload()
     again = PeftModel.from_pretrained(base, tmp_path).eval()
     ids = torch.arange(10)[None]
     assert torch.equal(again(ids).logits, model.eval()(ids).logits)
@@ -169,7 +177,7 @@ def test_a_base_model_with_weights_missing_is_refused(plan: TrainPlan, tiny_mode
     rest = {other: weight for other, weight in weights.items() if other != name}
     save_file(rest, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NotFoundError, match=f"1 of its weights are missing, {name} first"):
-        load_model(plan, tmp_path / "model")
+        load_fitting(plan, tmp_path / "model")
 
 
 def test_a_base_model_whose_weights_are_cut_off_is_refused(plan: TrainPlan, tiny_model: Path, tmp_path: Path) -> None:
@@ -177,4 +185,20 @@ def test_a_base_model_whose_weights_are_cut_off_is_refused(plan: TrainPlan, tiny
     whole = (tiny_model / "model.safetensors").read_bytes()
     (tmp_path / "model" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(NotFoundError, match="can't be loaded"):
-        load_model(plan, tmp_path / "model")
+        load_fitting(plan, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "name"),
+    [
+        ("adamw", "cpu", "adamw_torch"),
+        ("adamw", "cuda", "adamw_torch_fused"),
+        ("paged_adamw_8bit", "cuda", "paged_adamw_8bit"),
+    ],
+)
+def test_the_optimizer_is_the_planned_one(
+    plan: TrainPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, device: str, name: str
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda _: None)  # which looks for the GPU
+    planned = plan.model_copy(update={"optimizer": optimizer, "device": device})
+    assert OptimizerNames(training_arguments(planned, tmp_path).optim).value == name

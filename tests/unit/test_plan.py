@@ -7,27 +7,13 @@ import pytest
 
 from job.errors import ConfigError
 from job.hardware import Hardware
-from job.plan import (
-    DataFacts,
-    TrainPlan,
-    choose_micro_batch_size,
-    count_steps,
-    count_warmup_steps,
-    make_plan,
-    plan_parallel,
-)
-from job.report import format_plan
+from job.parallel import plan_parallel
+from job.plan import DataFacts, TrainPlan, choose_micro_batch_size, make_plan
 from job.settings import Settings
 
 Load = Callable[..., Settings]
 Machine = Callable[..., Hardware]
 PlanFor = Callable[..., TrainPlan]
-
-
-def refusal(settings: Settings, hardware: Hardware) -> ConfigError:
-    with pytest.raises(ConfigError) as raised:
-        plan_parallel(settings, hardware)
-    return raised.value
 
 
 @pytest.mark.parametrize(
@@ -60,30 +46,12 @@ def test_batch_arithmetic(
     assert (plan.global_batch_size, plan.micro_batch_size, plan.gradient_accumulation_steps) == expected
 
 
-@pytest.mark.parametrize(
-    ("processes", "global_batch", "micro", "message", "hint"),
-    [
-        (3, 8, "auto", "SFT_TRAIN__GLOBAL_BATCH_SIZE=8 .* not a multiple of 3 processes", "multiple of 3"),
-        (2, 1, "auto", "SFT_TRAIN__GLOBAL_BATCH_SIZE=1 .* not a multiple of 2 processes", "multiple of 2"),
-        (1, 8, 3, "=8 .* not a multiple of SFT_TRAIN__MICRO_BATCH_SIZE=3 x 1 process$", "multiple of 3"),
-        (2, 8, 8, "=8 .* not a multiple of SFT_TRAIN__MICRO_BATCH_SIZE=8 x 2 processes", "multiple of 16"),
-    ],
-)
-def test_arithmetic_that_cannot_work_out(
-    processes: int, global_batch: object, micro: object, message: str, hint: str, load: Load, machine: Machine
-) -> None:
-    settings = load(PARALLEL__PROCESSES=processes, TRAIN__GLOBAL_BATCH_SIZE=global_batch, TRAIN__MICRO_BATCH_SIZE=micro)
-    error = refusal(settings, machine())
-    assert error.hint == f"use a {hint}"
-    with pytest.raises(ConfigError, match=message):
-        raise error
-
-
 def test_the_batch_always_adds_up(load: Load, machine: Machine, facts: Callable[..., DataFacts]) -> None:
     generator = random.Random(0)
     accepted = 0
     for _ in range(300):
         settings = load(
+            MODEL__ID=generator.choice(["org/model", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B-Instruct"]),
             PARALLEL__PROCESSES=generator.choice(["auto", 1, 2, 3, 4, 6, 8]),
             TRAIN__GLOBAL_BATCH_SIZE=generator.choice(["auto", *range(1, 65)]),
             TRAIN__MICRO_BATCH_SIZE=generator.choice(["auto", *range(1, 9)]),
@@ -96,11 +64,7 @@ def test_the_batch_always_adds_up(load: Load, machine: Machine, facts: Callable[
         accepted += 1
         data = facts(train_rows=generator.randint(64, 999), max_length_tokens=generator.choice([8, 700, 4096, 5000]))
         plan = make_plan(settings, parallel, data)
-        assert (
-            plan.global_batch_size
-            == plan.micro_batch_size * plan.gradient_accumulation_steps * plan.processes
-            == parallel.global_batch_size
-        )
+        assert plan.global_batch_size == plan.micro_batch_size * plan.gradient_accumulation_steps * plan.processes
         assert min(plan.micro_batch_size, plan.gradient_accumulation_steps, plan.threads_per_process) >= 1
         for asked, planned in (
             (settings.parallel.processes, plan.processes),
@@ -112,36 +76,6 @@ def test_the_batch_always_adds_up(load: Load, machine: Machine, facts: Callable[
 
 
 @pytest.mark.parametrize(
-    ("epochs", "rows", "global_batch", "steps"),
-    [(1, 80, 8, 10), (1, 81, 8, 11), (3, 27, 9, 9), (0.1, 30, 1, 3), (0.01, 10, 8, 1), (1, 1, 8, 1), (2.5, 100, 8, 32)],
-)
-def test_steps_cover_the_epochs(epochs: float, rows: int, global_batch: int, steps: int) -> None:
-    assert count_steps(epochs, rows, global_batch) == steps
-
-
-@pytest.mark.parametrize(
-    ("warmup", "steps", "expected"),
-    [(0, 10, 0), (0.03, 100, 3), (0.03, 30, 0), (0.1, 30, 3), (1, 2, 1), (9, 10, 9), (0.03, 1, 0), (0.99, 3, 2)],
-)
-def test_warmup(warmup: float, steps: int, expected: int) -> None:
-    assert count_warmup_steps(warmup, steps) == expected
-
-
-@pytest.mark.parametrize(
-    ("warmup", "steps", "percent", "proposal"), [(100, 50, 49, 5), (10, 10, 90, 1), (20, 2, 5, 1), (1, 1, 0, 0)]
-)
-def test_a_warmup_as_long_as_the_run_is_refused(warmup: float, steps: int, percent: int, proposal: int) -> None:
-    with pytest.raises(ConfigError, match=f"SFT_TRAIN__WARMUP={warmup}: the run has {steps} steps.* {percent} %") as e:
-        count_warmup_steps(warmup, steps)
-    assert e.value.hint.startswith(f"use SFT_TRAIN__WARMUP={proposal},")
-    assert count_warmup_steps(proposal, steps) == proposal  # what is proposed works
-
-
-def test_a_warmup_beyond_max_steps_is_refused_before_the_data_is_there(load: Load, machine: Machine) -> None:
-    assert "SFT_TRAIN__WARMUP=20" in refusal(load(TRAIN__MAX_STEPS=10, TRAIN__WARMUP=20), machine()).message
-
-
-@pytest.mark.parametrize(
     ("share", "max_length", "micro"),
     [(8, 512, 8), (8, 513, 4), (8, 1024, 4), (8, 4096, 1), (8, 9999, 1), (6, 512, 6), (7, 600, 1), (64, 8, 8)],
 )
@@ -149,68 +83,28 @@ def test_auto_micro_batch(share: int, max_length: int, micro: int) -> None:
     assert choose_micro_batch_size(share, max_length) == micro
 
 
-@pytest.mark.parametrize(
-    ("hardware", "dtype"),
-    [
-        ({"gpus": 1, "capability": (7, 5)}, "float16"),
-        ({"gpus": 1, "capability": (8, 0)}, "bfloat16"),
-        ({"gpus": 2, "capability": (10, 0)}, "bfloat16"),
-        ({}, "float32"),
-        ({"amx": True}, "bfloat16"),
-    ],
-)
-def test_precision_by_hardware(hardware: dict[str, object], dtype: str, plan_for: PlanFor) -> None:
-    plan = plan_for(hardware)
-    assert plan.dtype == dtype
-    assert plan.sources["dtype"].startswith("auto: ")
-    assert plan.device == ("cuda" if "gpus" in hardware else "cpu")
-    assert plan.gradient_checkpointing == ("gpus" in hardware)
-
-
-def test_one_old_gpu_among_new_ones_decides(load: Load, machine: Machine) -> None:
-    old, new = machine(gpus=1, capability=(7, 5)), machine(gpus=1, capability=(9, 0))
-    mixed = Hardware(new.gpus + old.gpus, "CPU", 8, False, 2**30)
-    assert plan_parallel(load(), mixed).dtype == "float16"
-
-
-@pytest.mark.parametrize(
-    ("hardware", "setting", "value"),
-    [
-        ({"gpus": 1, "capability": (7, 5)}, "MODEL__DTYPE", "bfloat16"),
-        ({}, "MODEL__DTYPE", "float16"),
-        ({}, "MODEL__ATTN_IMPLEMENTATION", "flash_attention_2"),
-        ({"gpus": 1}, "PARALLEL__PROCESSES", "2"),
-    ],
-)
-def test_what_the_hardware_cannot_do(
-    hardware: dict[str, object], setting: str, value: str, load: Load, machine: Machine
-) -> None:
-    assert refusal(load(**{setting: value}), machine(**hardware)).message.startswith(f"SFT_{setting}={value}: ")
-
-
-def test_more_processes_than_cores_is_a_warning(load: Load, machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
-    parallel = plan_parallel(load(PARALLEL__PROCESSES=4), machine(cores=2))
-    assert (parallel.processes, parallel.threads_per_process) == (4, 1)
-    assert "SFT_PARALLEL__PROCESSES=4: only 2 CPU cores" in caplog.text
-
-
-def test_every_value_has_its_source_and_is_shown(plan_for: PlanFor) -> None:
-    plan = plan_for(LORA__R=32, TRAIN='{"seed": 7}', TRAIN__EPOCHS=2)
-    assert set(plan.sources) == set(TrainPlan.model_fields) - {"sources"}
+def test_every_value_has_its_source(plan_for: PlanFor) -> None:
+    plan = plan_for(LORA__R=32, LORA__MODULES_TO_SAVE="lm_head", TRAIN='{"seed": 7}', TRAIN__EPOCHS=2)
+    assert set(plan.sources) == set(TrainPlan.model_fields) - {"sources", "warnings"}
     expected = {
         "lora_r": (32, "SFT_LORA__R"),
         "lora_alpha": (64, "auto: 2r"),
         "lora_dropout": (0.05, "default"),
+        "modules_to_save": (["lm_head"], "SFT_LORA__MODULES_TO_SAVE"),
+        "chat_template": ("the tokenizer's own", "default"),
+        "truncation": ("drop", "default"),
         "seed": (7, "SFT_TRAIN__SEED"),
         "model_id": ("org/model", "SFT_MODEL__ID"),
-        "steps": (25, "2 epochs of the rows"),
+        "steps": (25, "2 x 100 rows in batches of 8"),
+        "epochs": (2.0, "SFT_TRAIN__EPOCHS"),
         "warmup_steps": (0, "default (0.03)"),
         "model_revision": ("abc123", "resolved"),
+        "global_batch_size": (8, "auto"),
+        "eval_interval_steps": (None, "no early stopping"),
     }
     values = plan.model_dump()
     assert {name: (values[name], plan.sources[name]) for name in expected} == expected
-    shown = [line.split()[0] for line in format_plan(plan).splitlines() if line.startswith("  ")]
-    assert sorted(shown) == sorted(plan.sources)
+    assert plan.warnings == []
 
 
 @pytest.mark.parametrize(
@@ -223,16 +117,97 @@ def test_packing_by_architecture(model_type: str, setting: str, packing: bool, p
     assert plan.sources["packing"].startswith("SFT_TRAIN__PACKING" if setting != "auto" else f"auto: {model_type} ")
 
 
-def test_a_single_row(plan_for: PlanFor, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_row(plan_for: PlanFor) -> None:
     plan = plan_for(data={"train_rows": 1, "eval_rows": 0})
-    assert (plan.steps, plan.epochs, plan.warmup_steps, plan.logging_steps) == (1, 8.0, 0, 1)
-    assert "SFT_TRAIN__GLOBAL_BATCH_SIZE=1 would not" in caplog.text
+    assert (plan.steps, plan.epochs, plan.warmup_steps, plan.logging_steps) == (2, 16.0, 0, 1)
+    assert any("SFT_TRAIN__GLOBAL_BATCH_SIZE=1 would not" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "source"),
+    [
+        (4000, 1500, "auto: 3 passes"),
+        (134, 51, "auto: 3 passes"),
+        (133, 67, "rule few-rows: 4 passes, for 67 steps from 133 rows"),
+        (72, 54, "rule few-rows: 6 passes, for 54 steps from 72 rows"),
+        (36, 45, "rule few-rows: 10 passes, for 45 steps from 36 rows"),
+    ],
+)
+def test_few_rows_are_passed_over_more_often(rows: int, steps: int, source: str, plan_for: PlanFor) -> None:
+    plan = plan_for(data={"train_rows": rows})
+    assert (plan.steps, plan.sources["epochs"]) == (steps, source)
+    given = plan_for(data={"train_rows": rows}, TRAIN__EPOCHS=1)
+    assert (given.epochs, given.sources["epochs"]) == (pytest.approx(1, rel=0.12), "SFT_TRAIN__EPOCHS")
+    assert plan_for(data={"train_rows": rows}, TRAIN__MAX_STEPS=30).steps == 30
 
 
 def test_max_steps_instead_of_epochs(plan_for: PlanFor) -> None:
     plan = plan_for(TRAIN__MAX_STEPS=1000)
     assert (plan.steps, plan.epochs, plan.logging_steps) == (1000, 80.0, 10)
     assert plan.sources["steps"] == "SFT_TRAIN__MAX_STEPS"
+    assert plan.sources["logging_steps"] == "auto: about 100 a run"
+
+
+def test_78_rows_at_batch_8_for_one_epoch(plan_for: PlanFor) -> None:
+    settings = {"TRAIN__EPOCHS": 1, "TRAIN__GLOBAL_BATCH_SIZE": 8}
+    plan = plan_for(data={"train_rows": 78}, **settings)
+    assert (plan.steps, plan.warmup_steps, plan.logging_steps) == (10, 0, 1)
+    assert plan.warnings == [
+        "only 10 steps of 8 sequences each: SFT_TRAIN__EPOCHS=3 gives 20 or more, so does a smaller "
+        "SFT_TRAIN__GLOBAL_BATCH_SIZE"
+    ]
+    with pytest.raises(ConfigError, match=r"SFT_TRAIN__WARMUP=100: the run has 10 steps.* 9 % of") as error:
+        plan_for(data={"train_rows": 78}, **settings, TRAIN__WARMUP=100)
+    assert error.value.hint.startswith("use SFT_TRAIN__WARMUP=1,")
+    long = plan_for(data={"train_rows": 78}, **settings, TRAIN__WARMUP=4)
+    assert long.warmup_steps == 4
+    assert "SFT_TRAIN__WARMUP=4: 4 of the 10 steps only warm up; SFT_TRAIN__WARMUP=1 is" in long.warnings[0]
+    assert plan_for(data={"train_rows": 78}, **settings, TRAIN__WARMUP=1).warnings == plan.warnings
+
+
+def test_the_recipe_of_small_rates_and_many_steps_is_not_warned_of(plan_for: PlanFor) -> None:
+    plan = plan_for(
+        data={"train_rows": 36, "eval_rows": 4},
+        TRAIN='{"learning_rate": 5e-6, "global_batch_size": 1, "epochs": 10, "early_stopping_patience": 3}',
+    )
+    assert (plan.steps, plan.warnings) == (360, [])
+    assert (plan.early_stopping_patience, plan.eval_interval_steps) == (3, 36)
+    assert plan.sources["eval_interval_steps"] == "one pass of the rows"
+
+
+@pytest.mark.parametrize(
+    ("settings", "longer"),
+    [({"TRAIN__EPOCHS": 10}, "SFT_TRAIN__EPOCHS"), ({"TRAIN__MAX_STEPS": 45}, "SFT_TRAIN__MAX_STEPS")],
+)
+def test_too_little_to_learn_is_warned_of(settings: dict[str, object], longer: str, plan_for: PlanFor) -> None:
+    (warning,) = plan_for(data={"train_rows": 36}, TRAIN__LEARNING_RATE=5e-6, **settings).warnings
+    assert "45 steps at up to 5e-06 sum to 1.1e-04" in warning
+    assert f"raise SFT_TRAIN__LEARNING_RATE or {longer} 5-fold" in warning
+
+
+def test_early_stopping_needs_held_out_rows(plan_for: PlanFor) -> None:
+    with pytest.raises(ConfigError, match="SFT_TRAIN__EARLY_STOPPING_PATIENCE=2: none of the 36 rows") as error:
+        plan_for(data={"train_rows": 36, "eval_rows": 0}, TRAIN__EARLY_STOPPING_PATIENCE=2)
+    assert error.value.hint == "set SFT_DATA__EVAL_URI, or SFT_DATA__EVAL_FRACTION=0.1"
+
+
+def test_a_patience_that_outlasts_the_run_is_warned_of(plan_for: PlanFor) -> None:
+    patience = {"TRAIN__EARLY_STOPPING_PATIENCE": 3, "TRAIN__GLOBAL_BATCH_SIZE": 2}
+    (warning,) = plan_for(**patience, TRAIN__EPOCHS=3).warnings
+    assert warning.startswith("SFT_TRAIN__EARLY_STOPPING_PATIENCE=3: the run has only 3 evaluations")
+    assert plan_for(**patience, TRAIN__EPOCHS=4).warnings == []
+
+
+def test_what_the_machine_lacks_is_warned_of_in_the_plan(plan_for: PlanFor) -> None:
+    plan = plan_for({"cores": 2}, PARALLEL__PROCESSES=4, MODEL__DTYPE="bfloat16")
+    assert plan.warnings[0] == "SFT_PARALLEL__PROCESSES=4: only 2 CPU cores are here"
+    assert plan.warnings[1].startswith("SFT_MODEL__DTYPE=bfloat16: this CPU has no AMX")
+
+
+def test_the_data_says_which_tokens_are_new(plan_for: PlanFor) -> None:
+    plan = plan_for(data={"chat_template": "chatml", "new_tokens": ["<|im_start|>"]}, MODEL__CHAT_TEMPLATE="chatml")
+    assert (plan.chat_template, plan.new_tokens) == ("chatml", ["<|im_start|>"])
+    assert plan.sources["chat_template"] == "SFT_MODEL__CHAT_TEMPLATE"
 
 
 def test_a_plan_survives_the_way_to_the_workers(plan_for: PlanFor) -> None:

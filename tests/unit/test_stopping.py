@@ -53,7 +53,7 @@ except StopSignal as stop:
         timeout=50,
     )
     assert (ended.returncode, ended.stdout) == (0, f"stopped by {number.name}\n"), ended.stderr
-    assert ("Exception ignored" in ended.stderr) == (moment != ANYWHERE_ELSE)
+    assert ended.stderr == ""  # no traceback of an exception that Python dropped
 
 
 def test_a_second_signal_ends_at_once() -> None:

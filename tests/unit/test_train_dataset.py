@@ -12,7 +12,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from job.data import load_tokenizer, tokenize_files
+from job.data import RowOptions, SourceFile, load_tokenizer, tokenize_files
+from job.errors import InternalError
 from job.train.dataset import IGNORED, PadRows, Row, StreamSampler, TokenRows, join_rows
 
 EOS = 2
@@ -22,13 +23,15 @@ def make_row(*ids: int) -> Row:
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
 
 
-def write_tokens(path: Path, rows: list[list[int]]) -> Path:
+def write_tokens(path: Path, rows: list[list[int]], places: list[tuple[int, int]] | None = None) -> Path:
+    """Write rows of tokens, all supervised but the first, from the places (file, line) given, or line after line."""
     tokens = pa.list_(pa.int32())
-    schema = pa.schema([("input_ids", tokens), ("labels", tokens)])
+    schema = pa.schema([("input_ids", tokens), ("labels", tokens), ("file", pa.int32()), ("line", pa.int64())])
+    places = places or [(0, index + 1) for index in range(len(rows))]
     with pa.ipc.new_file(str(path), schema) as writer:
-        for row in rows:  # a batch each: the worker must find rows across batches
-            labels = [IGNORED, *row[1:]]
-            writer.write_batch(pa.record_batch([pa.array([row], tokens), pa.array([labels], tokens)], schema=schema))
+        for row, (file, line) in zip(rows, places, strict=True):  # a batch each: rows must be found across batches
+            values = {"input_ids": [row], "labels": [[IGNORED, *row[1:]]], "file": [file], "line": [line]}
+            writer.write_batch(pa.record_batch(values, schema=schema))
     return path
 
 
@@ -103,18 +106,50 @@ def test_joining_leaves_the_rows_as_they_are(collate: Any) -> None:
     assert row["labels"].tolist() == [5, 6]
 
 
-def test_rows_are_chosen_and_cut(tmp_path: Path) -> None:
+def test_segments_of_rows_are_read_and_nothing_else(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "tokens.arrow", [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11]])
-    rows = TokenRows(path, np.array([2, 0, 3]), max_length_tokens=4)
-    assert len(rows) == 3
+    rows = TokenRows(path, np.array([[2, 0, 4], [0, 0, 3], [2, 3, 5], [3, 0, 1]]))
+    assert len(rows) == 4
     assert rows[0]["input_ids"].tolist() == [6, 7, 8, 9]
     assert rows[0]["labels"].tolist() == [IGNORED, 7, 8, 9]
     assert rows[1]["input_ids"].tolist() == [1, 2, 3]
+    assert rows[2]["input_ids"].tolist() == rows[2]["labels"].tolist() == [9, 10]
     assert rows[-1]["input_ids"].tolist() == [11]
-    assert rows.lengths().tolist() == [4, 3, 1]
+    assert rows.lengths().tolist() == [4, 3, 2, 1]
     assert rows[0]["input_ids"].dtype == rows[0]["labels"].dtype == torch.int64
     rows[0]["input_ids"][0] = 99  # the file is mapped read-only: what comes out of it must be a copy
     assert rows[0]["input_ids"][0] == 6
+
+
+def test_segments_are_named_by_file_and_line(tmp_path: Path) -> None:
+    places = [*((0, line) for line in range(11, 39)), (1, 1), (1, 2)]
+    path = write_tokens(tmp_path / "tokens.arrow", [[1, 2]] * 30, places)
+    rows = TokenRows(path, np.array([[row, 0, 2] for row in (29, 3, 0, 28)] + [[row, 0, 1] for row in range(30)]))
+    names = ["a.jsonl", "s3://b/b.csv"]
+    # Two of the segments are of row 0.
+    assert rows.describe(np.array([0, 1, 2, 3, 4]), names) == "a.jsonl:11, 14; s3://b/b.csv:1, 2"
+    assert rows.describe(np.arange(34), names) == f"a.jsonl:{', '.join(map(str, range(11, 31)))} and 10 more"
+
+
+def test_the_first_token_of_a_segment_is_not_learned(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "tokens.arrow", [[6, 7, 8, 9, 10]])
+    rows = TokenRows(path, np.array([[0, 0, 3], [0, 3, 5]]))
+    for batch in (join_rows([rows[0], rows[1]]), PadRows(0)([rows[0], rows[1]])):
+        learned = batch["labels"][batch["labels"] != IGNORED]
+        assert learned.tolist() == [7, 8, 10]  # 9 has nothing before it
+
+
+@pytest.mark.parametrize("segment", [[1, 0, 3], [1, -1, 2], [1, 1, 1], [1, 2, 1]])
+def test_a_segment_beyond_its_row_is_a_bug(tmp_path: Path, segment: list[int]) -> None:
+    path = write_tokens(tmp_path / "tokens.arrow", [[1, 2, 3], [4, 5]])
+    with pytest.raises(InternalError, match=f"tokens {segment[1]} to {segment[2]} are not within row 1 of 2 tokens"):
+        TokenRows(path, np.array([[0, 0, 3], segment]))
+
+
+def test_no_segments_are_no_rows(tmp_path: Path) -> None:
+    rows = TokenRows(write_tokens(tmp_path / "tokens.arrow", [[1, 2]]), np.zeros((0, 3), np.int64))
+    assert len(rows) == 0
+    assert rows.lengths().tolist() == []
 
 
 def test_rows_that_the_parent_tokenised(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -122,9 +157,14 @@ def test_rows_that_the_parent_tokenised(tmp_path: Path, tokenizer_folder: Path) 
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": "two and", "completion": f" {n}"}) + "\n" for n in range(5)))
     data = tokenize_files(
-        [(source, "rows.jsonl")], tokenizer, loss_on="auto", target=tmp_path / "t.arrow", report=lambda _: None
+        [SourceFile(source, "rows.jsonl", "sha256")],
+        tokenizer,
+        RowOptions(),
+        folder=tmp_path / "tokens",
+        processes=1,
+        report=lambda rows, size_bytes: None,
     )
-    rows = TokenRows(data.path, np.arange(5), max_length_tokens=512)
+    rows = TokenRows(data.path, np.column_stack([np.arange(5), np.zeros(5, np.int64), data.lengths_tokens]))
     assert rows.lengths().tolist() == data.lengths_tokens.tolist()
     for index in range(5):
         labels = rows[index]["labels"]

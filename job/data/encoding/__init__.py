@@ -1,0 +1,1 @@
+"""Examples -> token ids and labels: chat templates, and the proof that what is supervised is the answer."""

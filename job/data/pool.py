@@ -1,0 +1,169 @@
+"""Chunks encoded by several processes, the results in order: with one process or with many, they are the same.
+
+Each worker is a fresh process that holds the tokenizer and does one task at a time. Workers don't see SIGINT and
+SIGTERM, which are the parent's business; none outlives the parent, and none is left when the results end, however.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, NamedTuple
+
+from job.data.encode_chunk import ChunkEncoder, EncodedChunk, Task
+from job.errors import InternalError, JobError, ResourcesError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A slow chunk holds up the results after it: this many chunks a worker may wait for it, in memory.
+_CHUNKS_AHEAD = 2
+
+
+def encode_in_order(
+    tasks: Iterator[Task], tokenizer: "PreTrainedTokenizerBase", processes: int
+) -> Generator[EncodedChunk, None, None]:
+    """Encode tasks here, if `processes` is 1, else in as many other processes; close it to end them early.
+
+    Raises the first task's error, ResourcesError for a worker that was killed, InternalError for one that crashed.
+    """
+    if processes == 1:
+        yield from map(ChunkEncoder(tokenizer), tasks)
+        return
+    with _start_workers(processes) as workers:
+        pickled = ForkingPickler.dumps(tokenizer)
+        for worker in workers:
+            worker.send_bytes(pickled)
+        yield from _share_out(tasks, workers)
+
+
+def _share_out(tasks: Iterator[Task], workers: "list[_Worker]") -> Iterator[EncodedChunk]:
+    idle = list(workers)
+    busy: dict[Connection, tuple[int, _Worker]] = {}
+    done: dict[int, EncodedChunk | JobError] = {}
+    given = taken = 0
+    while True:
+        room = taken + _CHUNKS_AHEAD * len(workers) - given
+        for task in islice(tasks, min(len(idle), room)):
+            worker = idle.pop()
+            worker.send_bytes(ForkingPickler.dumps(task))
+            busy[worker.connection] = given, worker
+            given += 1
+        if not busy:
+            return
+        ready = wait(list(busy))
+        for connection in [connection for connection in busy if connection in ready]:
+            number, worker = busy.pop(connection)
+            done[number] = worker.receive()
+            idle.append(worker)
+        while taken in done:
+            result = done.pop(taken)
+            taken += 1
+            if isinstance(result, JobError):
+                raise result
+            yield result
+
+
+class _Worker(NamedTuple):
+    process: SpawnProcess
+    connection: "Connection"
+
+    def send_bytes(self, pickled: memoryview) -> None:
+        try:
+            self.connection.send_bytes(pickled)
+        except ConnectionError as error:
+            raise self._death() from error
+
+    def receive(self) -> EncodedChunk | JobError:
+        try:
+            result: EncodedChunk | JobError = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        return result
+
+    def _death(self) -> JobError:
+        self.process.join()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return _out_of_memory("a process that tokenized was killed, most likely because memory ran out")
+        ending = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        return InternalError(f"a process that tokenized ended {ending}", hint="see the lines above, and report it")
+
+
+def _out_of_memory(message: str) -> ResourcesError:
+    return ResourcesError(message, hint="give the job more memory or fewer cores, or break up very long rows")
+
+
+@contextmanager
+def _start_workers(count: int) -> Iterator[list[_Worker]]:
+    context = get_context("spawn")  # a forked process would inherit locks that other threads hold
+    workers: list[_Worker] = []
+    try:
+        with _signals_held_back():
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                workers.append(_Worker(process, ours))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()
+            worker.connection.close()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Block SIGINT and SIGTERM until the end of the block; processes that are started in it never see them.
+
+    A Ctrl-C on a terminal goes to all of them, and a worker would print a traceback. The parent gets its signal later.
+    """
+    resource_tracker.ensure_running()  # else the first start does, and unblocks the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# -- the worker's side -------------------------------------------------------------------------------------------------
+
+
+def _serve(connection: "Connection") -> None:
+    """Receive the tokenizer, then one task after the other, and send back each one's result."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # transformers imports torch, which takes seconds and hundreds of megabytes, wherever it can, and warns if it can't.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    logging.getLogger("transformers").addFilter(lambda record: not str(record.msg).startswith("PyTorch was not found"))
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # every core has a worker: threads would only get in their way
+    with suppress(EOFError, OSError):  # the parent is gone, perhaps in the middle of a message
+        encode = ChunkEncoder(connection.recv())
+        while True:
+            connection.send(_attempt(encode, connection.recv()))
+
+
+def _attempt(encode: ChunkEncoder, task: Task) -> EncodedChunk | JobError:
+    try:
+        return encode(task)
+    except JobError as error:
+        return error
+    except MemoryError:
+        return _out_of_memory("memory ran out in a process that tokenized")
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,1 @@
+"""Files -> rows, in chunks of flat memory; a row that can't be read costs that row alone."""

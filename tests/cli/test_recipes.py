@@ -1,0 +1,350 @@
+"""The recipes of tests/recipes through the command line, on a small model: what each promises must be seen in what is
+published. A test replaces model, data and output of its recipe, and shortens it where it says so; all else is as it is.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from bare_model import save_bare_model
+from job_cli import ROOT, job_environment, run_job
+
+from job.settings import load_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECIPES = sorted((ROOT / "tests" / "recipes").glob("*.env"))
+SAMPLES = ROOT / "tests" / "data" / "recipes"
+END = "<|im_end|>"
+
+
+def read_recipe(path: Path) -> dict[str, str]:
+    """Return the variables as `docker run --env-file` reads them: nothing is unquoted or expanded."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a recipe's run left: its slot, the folder that it worked in, and its log."""
+
+    slot: Path
+    folder: Path
+    output: str
+
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        return self._read("plan.json")
+
+    @cached_property
+    def xray(self) -> dict[str, Any]:
+        return self._read("xray.json")
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = self._read("manifest.json")["metrics"]
+        return metrics
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        return [event for event in read_rows(self.slot / "metrics.jsonl") if "loss" in event]
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.slot)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.slot / name).read_text())
+        return content
+
+    def decode_rows(self) -> Iterator[tuple[str, str]]:
+        """Yield the text of each training row, and that of its supervised tokens."""
+        import pyarrow as pa
+
+        [tokens] = (self.folder / "work" / "tokens" / "URI").rglob("tokens.arrow")
+        for row in pa.ipc.open_file(pa.memory_map(str(tokens))).read_all().to_pylist():
+            supervised = [token for token in row["labels"] if token != -100]
+            yield self.tokenizer.decode(row["input_ids"]), self.tokenizer.decode(supervised)
+
+
+def run_recipe(name: str, folder: Path, model: Path, data: Path, **changes: object) -> Published:
+    """Run a recipe to its end."""
+    ended = run_job(make_environment(name, folder, model, data, **changes))
+    assert ended.code == 0, ended.output
+    assert "Traceback" not in ended.output
+    published = Published(folder / "slot", folder, ended.output)
+    assert published.steps
+    assert all(math.isfinite(event["loss"]) for event in published.steps)
+    return published
+
+
+def make_environment(name: str, folder: Path, model: Path, data: Path, **changes: object) -> dict[str, str]:
+    recipe = read_recipe(ROOT / "tests" / "recipes" / f"{name}.env")
+    own = {
+        "SFT_MODEL__ID": str(model),
+        "SFT_MODEL__DTYPE": "float32",  # so that losses can be compared, whatever this CPU can do
+        "SFT_DATA__URI": str(data),
+        "SFT_OUTPUT__URI": str(folder / "slot"),
+    }
+    return job_environment(folder) | recipe | own | {f"SFT_{key}": str(value) for key, value in changes.items()}
+
+
+def load_as_the_card_says(run: Published) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Run the Python of the published README.md, and return model and tokenizer."""
+    card = (run.slot / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("this-folder", str(run.slot))
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    return loaded["model"], loaded["tokenizer"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_as_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = read_recipe(path)
+    assert all(name.startswith("SFT_") for name in recipe)
+    assert not any(value[:1] in ("'", '"') or value != value.strip() for value in recipe.values())
+    assert {"SFT_MODEL__ID", "SFT_DATA__URI", "SFT_OUTPUT__URI"} <= recipe.keys()
+    for name, value in recipe.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().output.uri == recipe["SFT_OUTPUT__URI"]
+
+
+# -- qa-small ----------------------------------------------------------------------------------------------------------
+
+
+def test_qa_small(tiny_model: Path, tmp_path: Path) -> None:
+    rows = read_rows(SAMPLES / "qa-small.jsonl")
+    run = run_recipe("qa-small", tmp_path, tiny_model, SAMPLES / "qa-small.jsonl", TRAIN__EPOCHS=3)
+    assert (run.xray["read"], run.xray["kept"], run.xray["skipped"]) == (36, 36, {})
+    assert run.xray["train"] + run.xray["held_out"] == 36
+    assert run.xray["held_out"] > 0
+    for row, (text, supervised) in zip(rows, run.decode_rows(), strict=True):
+        assert supervised == row["completion"] + END
+        assert text.endswith(f"<|im_start|>user\n{row['prompt']}{END}\n<|im_start|>assistant\n{supervised}\n")
+    completions = {row["completion"] + END for row in rows}
+    for sample in run.xray["samples"]:
+        [learned] = [piece["text"] for piece in sample if piece["supervised"]]
+        assert learned in completions
+    assert run.xray["turn_end"]["pad_token"] == END
+    assert run.xray["turn_end"]["rows_that_stop"] == 36
+    assert run.plan["learning_rate"] == 5e-6
+    assert run.plan["global_batch_size"] == run.plan["micro_batch_size"] == 1
+    assert run.plan["max_grad_norm"] == 1.0
+    assert run.plan["early_stopping_patience"] == 2
+    evaluations = [event for event in read_rows(run.slot / "metrics.jsonl") if "eval_loss" in event]
+    assert [event["step"] for event in evaluations] == [run.xray["train"] * (index + 1) for index in range(3)]
+    assert run.metrics["eval_loss"] == min(event["eval_loss"] for event in evaluations)
+
+
+# -- plain-text --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_text(tiny_model: Path, tmp_path: Path) -> None:
+    rows = read_rows(SAMPLES / "plain-text.jsonl")
+    run = run_recipe("plain-text", tmp_path, tiny_model, SAMPLES / "plain-text.jsonl")
+    eos = run.tokenizer.eos_token
+    for row, (text, supervised) in zip(rows, run.decode_rows(), strict=True):
+        assert text == row["text"] + eos
+        assert text.endswith(supervised)
+    # A row's first token is never predicted.
+    assert run.xray["supervised_tokens"] == run.xray["tokens"] - run.xray["train"]
+    assert run.xray["turn_end"]["rows_that_stop"] == len(rows)
+    assert run.plan["max_length_tokens"] == 512
+    assert (run.plan["micro_batch_size"], run.plan["gradient_accumulation_steps"]) == (4, 2)
+    assert run.plan["learning_rate"] == 2e-4
+    assert run.plan["steps"] == math.ceil(run.xray["train"] / 8)
+    model, tokenizer = load_as_the_card_says(run)
+    prompt = tokenizer("The film", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert written.shape[1] > prompt["input_ids"].shape[1]
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+def test_conversations(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    rows = read_rows(SAMPLES / "conversations.jsonl")
+    evaluation = write_rows(tmp_path / "eval.jsonl", [rows[0], rows[1], rows[-2], rows[-1]])
+    run = run_recipe(
+        "conversations",
+        tmp_path,
+        tiny_model,
+        SAMPLES / "conversations.jsonl",
+        DATA__EVAL_URI=evaluation,
+        TRAIN__EPOCHS=2,
+    )
+    for row, (text, supervised) in zip(rows, run.decode_rows(), strict=True):
+        turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}{END}\n" for turn in row["messages"])
+        assert text.endswith(turns)
+        answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        assert supervised == "".join(answer + END for answer in answers)
+    assert (run.plan["lora_r"], run.plan["lora_alpha"], run.plan["lora_dropout"]) == (16, 32, 0.05)
+    assert len(run.plan["target_modules"]) == 7
+    adapter = load_file(run.slot / "adapter_model.safetensors")
+    [embeddings] = [weight for name, weight in adapter.items() if name.endswith(".embed_tokens.weight")]
+    [head] = [weight for name, weight in adapter.items() if name.endswith(".lm_head.weight")]
+    assert embeddings.shape == (49_152, 64)
+    assert embeddings.equal(head)  # one matrix in this model, and trained as one
+    assert sum("lora_A" in name for name in adapter) == 7 * 2
+    loss = answers_loss(*load_as_the_card_says(run), read_rows(evaluation))
+    assert loss == pytest.approx(run.metrics["eval_loss"], rel=1e-5)
+    assert loss < run.metrics["eval_loss_base"]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def answers_loss(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]]) -> float:
+    """The mean loss per token of all answers and their ends of turn in ChatML, computed independently of the job."""
+    import torch
+
+    total, count = 0.0, 0
+    for row in rows:
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn in row["messages"]:
+            start = tokenizer.encode(f"<|im_start|>{turn['role']}\n", add_special_tokens=False)
+            content = tokenizer.encode(turn["content"] + END, add_special_tokens=False)
+            after = tokenizer.encode("\n", add_special_tokens=False)
+            is_answer = turn["role"] == "assistant"
+            ids += start + content + after
+            labels += [-100] * len(start) + (content if is_answer else [-100] * len(content)) + [-100] * len(after)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum").item()
+        count += sum(label != -100 for label in labels[1:])
+    return total / count
+
+
+# -- custom-format -----------------------------------------------------------------------------------------------------
+
+
+def test_custom_format(tiny_model: Path, tmp_path: Path) -> None:
+    rows = read_rows(SAMPLES / "custom-format.jsonl")
+    run = run_recipe("custom-format", tmp_path, tiny_model, SAMPLES / "custom-format.jsonl", TRAIN__EPOCHS=1)
+    eos = run.tokenizer.eos_token
+    for row, (text, supervised) in zip(rows, run.decode_rows(), strict=True):
+        assert text == f"### 指令: {row['question']}\n### 回應: {row['answer']}{eos}"
+        # The blank before an answer may be in one token with the answer's beginning.
+        assert supervised.removeprefix(" ") == row["answer"] + eos
+    assert run.xray["kept"] == run.xray["turn_end"]["rows_that_stop"] == 30
+    [file] = run.xray["files"]
+    assert "template" in file["format"]
+
+
+# -- chat-template -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "tied"), [("chatml", True), ("another model's", False)])
+def test_chat_template(tokenizer_folder: Path, tmp_path: Path, source: str, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = save_bare_model(tmp_path / "base", tied=tied)
+    before = AutoTokenizer.from_pretrained(base)
+    assert before.chat_template is None
+    rows = [row for row in read_rows(SAMPLES / "chat-template.jsonl") if row["messages"][0]["role"] == "system"]
+    evaluation = write_rows(tmp_path / "eval.jsonl", rows[:5])
+    run = run_recipe(
+        "chat-template",
+        tmp_path,
+        base,
+        SAMPLES / "chat-template.jsonl",
+        DATA__EVAL_URI=evaluation,
+        TRAIN__LEARNING_RATE=1e-2,  # of a model that knows nothing
+        **({} if source == "chatml" else {"MODEL__CHAT_TEMPLATE": tokenizer_folder}),
+    )
+    model, after = load_as_the_card_says(run)
+    assert run.plan["new_tokens"] == ["<|im_start|>", END]
+    assert after.convert_tokens_to_ids(["<|im_start|>", END]) == [len(before), len(before) + 1]
+    assert after.eos_token == END
+    assert (run.slot / "chat_template.jinja").is_file()
+    told = after.apply_chat_template(rows[0]["messages"], tokenize=False)
+    assert told.endswith(f"<|im_start|>assistant\n{rows[0]['messages'][-1]['content']}{END}\n")
+    for row, (_, supervised) in zip(read_rows(SAMPLES / "chat-template.jsonl"), run.decode_rows(), strict=True):
+        answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+        assert supervised == "".join(answer + END for answer in answers)
+    loss = answers_loss(model, after, read_rows(evaluation))
+    assert loss == pytest.approx(run.metrics["eval_loss"], rel=1e-5)
+    assert loss < run.metrics["eval_loss_base"]
+    check_only_new_rows_changed(AutoModelForCausalLM.from_pretrained(base), model.merge_and_unload(), tied=tied)
+
+
+def check_only_new_rows_changed(before: "PreTrainedModel", after: "PreTrainedModel", *, tied: bool) -> None:
+    import torch
+
+    known = before.get_input_embeddings().weight.shape[0]
+    for old, new in (
+        (before.get_input_embeddings(), after.get_input_embeddings()),
+        (before.get_output_embeddings(), after.get_output_embeddings()),
+    ):
+        assert torch.equal(old.weight, new.weight[:known])
+        assert new.weight.shape[0] == known + 2
+        assert not torch.equal(new.weight[known], new.weight[known + 1])
+    is_one = torch.equal(after.get_input_embeddings().weight, after.get_output_embeddings().weight)
+    assert is_one == tied
+
+
+# -- tiny-data-presets -------------------------------------------------------------------------------------------------
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def name_model(tiny_model: Path, folder: Path) -> Path:
+    """Copy the small model under a name that has a preset, with as long a context as such models have."""
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 32_768}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def check_tiny_plan(plan: dict[str, Any], preset: str, *, r: int, epochs: int, micro: int) -> None:
+    assert (plan["lora_r"], plan["lora_alpha"], plan["lora_dropout"]) == (r, 2 * r, 0.05)
+    assert set(plan["target_modules"]) == PROJECTIONS
+    assert (plan["micro_batch_size"], plan["gradient_accumulation_steps"]) == (micro, 4)
+    assert plan["learning_rate"] == 5e-5
+    assert plan["steps"] == math.ceil(epochs * plan["train_rows"] / (micro * 4))
+    assert plan["train_rows"] + plan["eval_rows"] == 78
+    for name in ("lora_r", "lora_dropout", "target_modules", "epochs", "learning_rate", "global_batch_size"):
+        assert f"preset {preset}" in plan["sources"][name], (name, plan["sources"][name])
+    assert plan["optimizer"] == "adamw"  # the preset's needs a GPU
+    assert "paged_adamw_8bit" in plan["sources"]["optimizer"]
+    assert plan["warmup_steps"] <= plan["steps"] / 10
+    assert plan["logging_steps"] == 1
+    assert plan["max_length_tokens"] == 512  # of a context of 32,768
+    assert "99 % of the rows" in plan["sources"]["max_length_tokens"]
+
+
+@pytest.mark.parametrize(("size", "r", "epochs", "micro"), [("0.5B", 16, 5, 2), ("1.5B", 8, 4, 1), ("7B", 8, 3, 1)])
+def test_tiny_data_presets_by_size(
+    tiny_model: Path, tmp_path: Path, size: str, r: int, epochs: int, micro: int
+) -> None:
+    model = name_model(tiny_model, tmp_path / f"Qwen2.5-{size}-Instruct")
+    ended = run_job(make_environment("tiny-data-presets", tmp_path, model, SAMPLES / "tiny-data.jsonl"), "check")
+    assert ended.code == 0, ended.output
+    plan = json.loads((tmp_path / "work" / "run" / "plan.json").read_text())
+    check_tiny_plan(plan, f"qwen2.5-{size.lower()}", r=r, epochs=epochs, micro=micro)
+
+
+def test_tiny_data_presets_train(tiny_model: Path, tmp_path: Path) -> None:
+    model = name_model(tiny_model, tmp_path / "Qwen2.5-0.5B-Instruct")
+    run = run_recipe("tiny-data-presets", tmp_path, model, SAMPLES / "tiny-data.jsonl", TRAIN__EPOCHS=2)
+    assert run.plan["sources"]["epochs"] == "SFT_TRAIN__EPOCHS"  # it wins over the preset
+    assert [event["step"] for event in run.steps] == list(range(1, run.plan["steps"] + 1))
+    assert run.metrics["eval_loss"] < run.metrics["eval_loss_base"]
