@@ -16,6 +16,7 @@ from job.data.encoding.frames import Frames, learn_frames
 from job.data.shaping.shapes import ChatExample, FatalRowError, Message, RowError
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -59,6 +60,13 @@ class Renderer:
         self.template = template
         self.special_tokens = dict(special_tokens)
         self.is_marked = GENERATION_MARK.search(template) is not None
+
+    @cached_property
+    def _compiled(self) -> "Template":
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template: Template = _compile_jinja_template(self.template)
+        return template
 
     @cached_property
     def _frames(self) -> Frames | None:
@@ -152,9 +160,19 @@ class Renderer:
 
         # apply_chat_template calls this too, but gives the marks only as tokens of one row, and refuses an empty
         # list, which is what stands before a conversation that begins with an assistant turn.
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices, render_jinja_template
 
+        given = {"documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
         try:
+            if tools is None and all(len(turn) == 2 for turn in conversation):
+                # Roles and contents, which are text: nothing of what render_jinja_template converts or renames before
+                # it does this, and that takes longer than the template itself.
+                if marks:
+                    marked: tuple[str, list[tuple[int, int]]] = _render_with_assistant_indices(
+                        self._compiled, conversation, tools, **given
+                    )
+                    return marked
+                return self._compiled.render(messages=conversation, tools=None, **given), []
             texts, ranges = render_jinja_template(
                 conversations=[conversation],
                 tools=tools,
