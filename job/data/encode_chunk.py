@@ -106,33 +106,42 @@ class ChunkEncoder:
                 raise _fatal(result, row) from result
             if isinstance(result, RowError):
                 bad.append(_make_bad(row, result.reason))
-            elif np.any(result.labels[1:] != NOT_SUPERVISED):
+            elif (result.labels[1:] != NOT_SUPERVISED).any():
                 kept.append(_Kept(row.number, example, result))
             else:
                 bad.append(_make_bad(row, "no token is left to learn from"))
         return kept
 
     def _gather(self, task: Task, rows_read: int, kept: list[_Kept], bad: list[BadRow]) -> EncodedChunk:
-        ids = [row.encoded.input_ids for row in kept]
-        masks = [row.encoded.labels != NOT_SUPERVISED for row in kept]
-        positions = [np.flatnonzero(mask[1:]) + 1 for mask in masks]
-        ends = Counter(int(row[where[-1]]) for row, where in zip(ids, positions, strict=True))
-        eos = self._tokenizer.eos_token_id
         special_tokens = self._find_special_tokens(task.row_format)
         notes = ({*row.example.notes, *find_oddities(row.example, special_tokens)} for row in kept)
+        ids = [row.encoded.input_ids for row in kept]
+        input_ids = np.concatenate([np.zeros(0, dtype=np.int32), *ids])
+        supervised = np.concatenate([np.zeros(0, dtype=np.int32), *(row.encoded.labels for row in kept)])
+        supervised = supervised != NOT_SUPERVISED
+        lengths = np.array([len(row) for row in ids], dtype=np.int32)
+        # All rows at once, for numpy takes as long for one row as for many.
+        ends = np.cumsum(lengths, dtype=np.int64)
+        starts = ends - lengths
+        learned = supervised.copy()
+        learned[starts] = False  # nothing precedes a row's first token, so it is never predicted
+        places = np.flatnonzero(learned)
+        firsts, lasts = np.searchsorted(places, starts), np.searchsorted(places, ends)  # (K,) indices into places
+        end_tokens = Counter(input_ids[places[lasts - 1]].tolist())
+        with_eos = np.searchsorted(ends, places[input_ids[places] == self._tokenizer.eos_token_id], side="right")
         return EncodedChunk(
             file=task.file,
             size_bytes=task.chunk.size_bytes,
             rows_read=rows_read,
             numbers=np.array([row.number for row in kept], dtype=np.int64),
-            input_ids=np.concatenate([np.zeros(0, dtype=np.int32), *ids]),
-            supervised=np.concatenate([np.zeros(0, dtype=np.bool_), *masks]),
-            lengths=np.array([len(row) for row in ids], dtype=np.int32),
-            supervised_tokens=np.array([len(where) for where in positions], dtype=np.int32),
-            first_supervised=np.array([where[0] for where in positions], dtype=np.int32),
+            input_ids=input_ids,
+            supervised=supervised,
+            lengths=lengths,
+            supervised_tokens=(lasts - firsts).astype(np.int32),
+            first_supervised=(places[firsts] - starts).astype(np.int32),
             digests=np.array([digest_ids(row) for row in ids], dtype=np.uint64),
-            eos_rows=sum(bool(np.any(row[where] == eos)) for row, where in zip(ids, positions, strict=True)),
-            end_token_rows=Counter({token: rows for token, rows in ends.items() if token in self._closing}),
+            eos_rows=len(np.unique(with_eos)),
+            end_token_rows=Counter({token: rows for token, rows in end_tokens.items() if token in self._closing}),
             rows_with=Counter(note for found in notes for note in found),
             bad_rows=bad,
         )

@@ -5,10 +5,8 @@ SIGTERM, which are the parent's business; none outlives the parent, and none is 
 """
 
 import gc
-import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +18,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, NamedTuple
 
 from job.data.encode_chunk import ChunkEncoder, EncodedChunk, Task
+from job.data.encoding.tokens import keep_torch_out
 from job.errors import InternalError, JobError, ResourcesError
 
 if TYPE_CHECKING:
@@ -144,9 +143,7 @@ def _signals_held_back() -> Iterator[None]:
 def _serve(connection: "Connection") -> None:
     """Receive the tokenizer, then one task after the other, and send back each one's result."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # transformers imports torch, which takes seconds and hundreds of megabytes, wherever it can, and warns if it can't.
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    logging.getLogger("transformers").addFilter(lambda record: not str(record.msg).startswith("PyTorch was not found"))
+    keep_torch_out()
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # every core has a worker: threads would only get in their way
     with suppress(EOFError, OSError):  # the parent is gone, perhaps in the middle of a message
         encode = ChunkEncoder(connection.recv())
