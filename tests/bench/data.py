@@ -217,7 +217,7 @@ def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 1_000, 3_000], help="of the data sets, in MB")
-    parser.add_argument("--sample", type=int, default=200, help="MB for the comparison of speeds")
+    parser.add_argument("--sample", type=int, default=150, help="MB for the comparison of speeds")
     parser.add_argument("--folder", type=Path, help="where there is room for five times the largest size")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="sft-job-bench-") as name:
