@@ -5,20 +5,28 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench-data lint format types docs lock clean
+.PHONY: help demo test test-distributed test-gpu bench-data lint format types docs lock clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(INSTALLED) ## Train a small model on sample data from a local S3 server, and show what it learned
 	@$(BIN)/python tests/demo.py
 
-test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-gpu: $(INSTALLED) ## Run the tests that need a GPU
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(BIN)/python -m pytest tests/gpu; \
+test: $(INSTALLED) ## Run the tests, but for those of the targets below
+	$(PYTEST)
+
+test-distributed: $(INSTALLED) ## Run real trainings under every engine, on several hosts, and out of memory
+	@[ "$$(id -u)" = 0 ] || echo "SKIPPED: without root there are no network namespaces, so NOTHING is run on several hosts"
+	$(PYTEST) tests/distributed
+
+# On a machine without a package index: make test-gpu GPU_PYTHON=python3, for a Python that has all that is needed.
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Run the tests that need a GPU, offline; 10 minutes
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(GPU_PYTHON) -m pytest --numprocesses 4 tests/gpu/test_gpu.py && $(GPU_PYTHON) -m pytest tests/gpu/test_gpu_memory.py; \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING of tests/gpu was run"; fi
 
 bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3 GB (SIZES=100 for 100 MB alone)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 import job
 from job.errors import CONFIG, INTERNAL, OK, PREEMPTED, RESOURCES, ConfigError, ExitCode, JobError
 from job.log import find_terminal, logger, setup_logging
+from job.nodes.node import Node, find_node
 from job.outcome import Progress, format_outcome, write_termination_log
 from job.settings import Settings, load_runtime_settings, load_settings
 from job.settings_groups import RuntimeSettings
@@ -28,51 +29,85 @@ from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals
 # Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is
 # reported in under a second.
 if TYPE_CHECKING:
+    from job.nodes.peers import Peers
     from job.prepared import Prepared
 
 
 _ALREADY_PUBLISHED = "is already published: nothing to do"
+_HINTS = {  # for ends that bring none of their own
+    PREEMPTED.code: "start it again: it begins anew",
+    RESOURCES.code: "give SFT_RUNTIME__WORK_DIR more room",
+    INTERNAL.code: "please report it, with the traceback above",
+}
 
 
 def run(settings: Settings, progress: Progress) -> str:
     """Train and publish; do nothing when this very run is already published. Return what was done, for the outcome."""
+    from job.nodes.identity import describe_run, refuse_differences
+    from job.nodes.peers import join_peers
+
+    node = find_node(settings.parallel)
+    with _own(settings.runtime.work_dir) as work_dir:
+        prepared = prepare(settings, node, work_dir, progress)
+        if prepared is None:
+            return _ALREADY_PUBLISHED
+        run_id, output = prepared.inputs.run_id, settings.output.uri
+        with join_peers(node, run_id=run_id, output=output, explain=_explain) as peers:
+            if node.nodes > 1:
+                refuse_differences(peers.exchange(describe_run(prepared)))
+            _train_and_publish(prepared, work_dir, peers, progress)
+        return "is published"
+
+
+def _train_and_publish(prepared: "Prepared", work_dir: Path, peers: "Peers", progress: Progress) -> None:
     from job.handover import RunFolder
     from job.inputs import MODEL_FOLDER
-    from job.launch import launch_workers
+    from job.memory.ladder import train_within_memory
+    from job.merge import check_room, merge_adapter
     from job.publish import publish_run
     from job.report import format_metrics
 
-    with _own(settings.runtime.work_dir) as work_dir:
-        prepared = prepare(settings, work_dir, progress)
-        if prepared is None:
-            return _ALREADY_PUBLISHED
-        _log_phase("fetching the base model")
-        prepared.inputs.base_model.fetch_weights(work_dir / MODEL_FOLDER)
+    settings = prepared.settings
+    _log_phase("fetching the base model")
+    prepared.inputs.base_model.fetch_weights(work_dir / MODEL_FOLDER)
 
-        _log_phase("training")
-        folder = prepared.hand_over(RunFolder(work_dir / "run"))
-        try:
-            launch_workers(prepared.plan, folder)
-        finally:
-            progress.step = folder.read_last_step()
-        logger.info("%s", format_metrics(folder.read_result()))
+    _log_phase("training")
+    if settings.output.merge and peers.node_rank == 0:
+        check_room(work_dir, prepared.inputs.base_model.weights_bytes())
+    folder = prepared.hand_over(RunFolder(work_dir / "run"))
+    try:
+        prepared = train_within_memory(prepared, folder, peers)
+    finally:
+        progress.step = folder.read_last_step()
 
-        _log_phase("publishing")
-        publish_run(prepared, folder)
-        return "is published"
+    if peers.node_rank > 0:
+        _log_phase("publishing, which node 0 does")
+        peers.wait_for_first_node()
+        return
+    logger.info("%s", format_metrics(folder.read_result()))
+    if settings.output.merge:
+        _log_phase("merging")
+        merge_adapter(prepared, folder)
+
+    _log_phase("publishing")
+    publish_run(prepared, folder)
 
 
 def check(settings: Settings, progress: Progress) -> str:
     """Do all that a run does before it fetches the weights and trains."""
+    node = find_node(settings.parallel)
     with _own(settings.runtime.work_dir) as work_dir:
-        if prepare(settings, work_dir, progress) is None:
+        if prepare(settings, node, work_dir, progress) is None:
             return _ALREADY_PUBLISHED
         logger.info("plan.json and xray.json are in %s", work_dir / "run")
         return "is ready to train"
 
 
-def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared | None":
-    """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published."""
+def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) -> "Prepared | None":
+    """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published.
+
+    Every node does it by itself, but only node 0 writes to the output.
+    """
     from job.dataset import prepare_dataset, row_options
     from job.handover import RunFolder
     from job.hardware import find_hardware
@@ -90,13 +125,15 @@ def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared
     row_options(settings.data)  # a template that is none is refused before any download
 
     _log_phase("reading the inputs")
-    check_slot(settings.output.uri)
+    if node.rank == 0:
+        check_slot(settings.output.uri)
     inputs = find_inputs(settings, work_dir)
     slot = open_slot(settings.output.uri, inputs.run_id)
     progress.run_id, progress.output = inputs.run_id, slot.uri
-    if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite):
+    if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite, merge=settings.output.merge):
         return None
-    slot.check_writable()
+    if node.rank == 0:
+        slot.check_writable()
 
     _log_phase("tokenizing")
     model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
@@ -106,7 +143,7 @@ def prepare(settings: Settings, work_dir: Path, progress: Progress) -> "Prepared
         model_folder,
         work_dir / "tokens",
         processes=hardware.cpu_cores,
-        keep_bad_rows=lambda path: keep_bad_rows(slot, path),
+        keep_bad_rows=lambda path: keep_bad_rows(slot, path) if node.rank == 0 else str(path),
     )
     terminal = find_terminal(settings.runtime.log_format)
     logger.info("the data:\n%s", format_xray(dataset.xray, terminal))
@@ -183,23 +220,26 @@ def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
         settings = load_settings()
         progress.output = settings.output.uri
         return OK, {"run": run, "check": check}[command](settings, progress), ""
-    except StopSignal as stop:
+    except (Exception, StopSignal) as error:  # noqa: BLE001 - the one place for what nobody foresaw
         acknowledge_stop()
-        return PREEMPTED, f"stopped by {stop}: nothing is published", "start it again: it begins anew"
-    except JobError as error:
-        progress.step = error.step if error.step is not None else progress.step
-        return error.exit_code, error.message, error.hint
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return RESOURCES, f"no space left on the disk: {error.filename}", "give SFT_RUNTIME__WORK_DIR more room"
-        return _internal(error)
-    except Exception as error:  # noqa: BLE001 - the one place for what nobody foresaw
-        return _internal(error)
+        ending, message = _explain(error)
+        if isinstance(error, JobError):
+            progress.step = error.step if error.step is not None else progress.step
+            return ending, message, error.hint
+        if ending is INTERNAL:
+            logger.exception("a bug in the job")
+        return ending, message, _HINTS[ending.code]
 
 
-def _internal(error: Exception) -> tuple[ExitCode, str, str]:
-    logger.exception("a bug in the job")
-    return INTERNAL, f"{type(error).__name__}: {error}", "please report it, with the traceback above"
+def _explain(error: BaseException) -> tuple[ExitCode, str]:
+    """Return the exit code that an exception means, and what there is to say of it."""
+    if isinstance(error, JobError):
+        return error.exit_code, error.message
+    if isinstance(error, StopSignal):
+        return PREEMPTED, f"stopped by {error}: nothing is published"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return RESOURCES, f"no space left on the disk: {error.filename}"
+    return INTERNAL, f"{type(error).__name__}: {error}"
 
 
 def _write_outcome(runtime: RuntimeSettings, outcome: str) -> None:

@@ -38,7 +38,9 @@ from job.inputs import InputFile, Inputs
 from job.limits import refuse_bad_rows, refuse_dropped_rows
 from job.log import transfer_progress
 from job.manifest import DataFile
+from job.memory.model_shape import read_model_shape
 from job.plan import DataFacts
+from job.quantization import find_stored_quantization
 from job.settings import Settings
 from job.settings_groups import DataSettings
 
@@ -86,6 +88,7 @@ def prepare_dataset(
     template that doesn't fit, or a broken configuration.
     """
     configuration = _read_configuration(settings.model.id, model_folder)
+    stored_quantization = find_stored_quantization(settings.model.id, configuration)
     tokenizer = load_tokenizer(model_folder)
     template = None if inputs.chat_template is None else apply_template(tokenizer, inputs.chat_template)
     options = row_options(settings.data)
@@ -107,6 +110,7 @@ def prepare_dataset(
     facts = DataFacts(
         model_revision=inputs.base_model.revision,
         model_type=str(configuration.get("model_type", "unknown")),
+        shape=read_model_shape(configuration, inputs.base_model.weights_bytes()),
         max_length_tokens=max_length,
         max_length_source=source,
         truncation=settings.data.truncation,
@@ -116,6 +120,7 @@ def prepare_dataset(
         supervised_tokens=chosen.supervised_tokens,
         chat_template=_name_template(inputs, tokenizer),
         new_tokens=[] if template is None else [token.text for token in template.new_tokens],
+        stored_quantization=stored_quantization,
     )
     turn_end = adopt_turn_end(tokenizer, train, model_folder)
     samples = decode_samples(train, chosen.train, tokenizer)

@@ -10,6 +10,7 @@ never used on purpose, because it is what an uncaught Python error returns.
     |- UnavailableError    69  a store, the Hub or a peer out of reach after retries
     |- InternalError       70  a bug in the job
     |- ResourcesError      71  out of GPU memory, host memory or disk
+    |  `- OutOfMemoryError     where smaller steps may need less
     |- PreemptedError      75  told to stop
     |- DeniedError         77  credentials missing, refused or insufficient
     |- ConfigError         78  a setting is wrong, unknown or impossible
@@ -107,6 +108,10 @@ class ResourcesError(JobError):
     """Memory or disk ran out."""
 
     exit_code = RESOURCES
+
+
+class OutOfMemoryError(ResourcesError):
+    """Memory ran out where smaller steps may need less."""
 
 
 class PreemptedError(JobError):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+MERGED = "merged"  # the folder, in the adapter's and in the slot, that holds the merged model
+
 
 class NewTokenInput(BaseModel):
     """A token that the base model has never seen, with the ids of the tokens that its text consisted of before."""
@@ -39,7 +41,8 @@ class WorkerInputs(BaseModel):
 
 
 class WorkerOutcome(BaseModel):
-    """How one worker ended: an exit code of `job.errors`, at a moment (`time_s`, seconds since the epoch) and step."""
+    """How one worker ended: an exit code of `job.errors`, at a moment (`time_s`, seconds since the epoch) and step.
+    `out_of_memory`: smaller steps may need less."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,6 +52,7 @@ class WorkerOutcome(BaseModel):
     hint: str
     step: int
     time_s: float
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The folder that holds the adapter."""
         return self.root / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        """The folder that holds the base model with the adapter merged into it."""
+        return self.adapter / MERGED
+
+    @property
+    def merge_outcome(self) -> Path:
+        """The WorkerOutcome of the process that merges."""
+        return self.root / "merge.json"
 
     @property
     def metrics(self) -> Path:

@@ -60,6 +60,10 @@ class BaseModel:
         """Fetch the weights, given the same folder, to where the configuration is."""
         self._downloads(folder).fetch([file for file in self.files if _is_weights(file)], "base model")
 
+    def weights_bytes(self) -> int:
+        """Return the size of the weights."""
+        return sum(file.size_bytes for file in self.files if _is_weights(file))
+
     def _downloads(self, folder: Path) -> Downloads:
         return Downloads(folder, self.store, list(self.files))
 

@@ -16,15 +16,26 @@ from job.settings import Settings
 
 MANIFEST_NAME = "manifest.json"
 _SCHEMA_VERSION = 1
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "huggingface_hub", "boto3", "pyarrow")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "bitsandbytes",
+    "tokenizers",
+    "huggingface_hub",
+    "boto3",
+    "pyarrow",
+)
 # How a run is spread, where its files are and how it talks don't change what is learned.
 # The base model's revision counts as what it resolved to; data and chat template as their content.
 _NOT_TRAINING = {
     "model": {"revision", "chat_template"},
     "data": {"uri", "eval_uri", "bad_rows", "max_bad_fraction", "max_dropped_fraction"},
-    "train": {"micro_batch_size", "gradient_checkpointing", "logging_steps"},
+    "train": {"micro_batch_size", "gradient_checkpointing", "loss", "logging_steps"},
 }
-_TRAINING_GROUPS = ("model", "data", "lora", "train")
+_TRAINING_GROUPS = ("model", "data", "lora", "quantization", "train")
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,17 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def training_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that decide what is learned, by group."""
+    tree: dict[str, Any] = settings.model_dump(mode="json", include=set(_TRAINING_GROUPS), exclude=_NOT_TRAINING)
+    return tree
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that a run's result may depend on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
 def make_run_id(
     settings: Settings,
     *,
@@ -59,7 +81,7 @@ def make_run_id(
     is not the base model's own. Two starts with the same run_id would learn the same; credentials, places, logging and
     parallelism don't count.
     """
-    tree = settings.model_dump(mode="json", include=set(_TRAINING_GROUPS), exclude=_NOT_TRAINING)
+    tree = training_settings(settings)
     preset = find_preset(settings.model.id)
     identity = {
         "settings": tree,
@@ -92,7 +114,7 @@ def make_manifest(
         "settings": settings.model_dump(mode="json"),
         "base_model": {"id": plan.model_id, "revision": plan.model_revision},
         "data": [asdict(file) for file in data],
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "hardware": asdict(hardware),
         "plan": plan.model_dump(mode="json"),
         "metrics": metrics,

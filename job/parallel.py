@@ -4,32 +4,50 @@ Neither data nor model is needed for it, so that what the machine can't do, and 
 refused at once.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
 from job.choices import Choices
 from job.errors import ConfigError
 from job.hardware import Hardware
+from job.memory.fit import available_bytes
 from job.presets import is_given
+from job.quantization import check_quantization
 from job.schedule import count_warmup_steps
 from job.settings import Settings
 from job.settings_groups import TrainSettings
+from job.support import (
+    Device,
+    uses_deepspeed,
+    why_not_attention,
+    why_not_engine,
+    why_not_liger,
+    why_not_offload,
+    why_not_paged_adamw,
+    why_not_split,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Devices, processes and precision, each with its source, and what is to be warned of."""
+    """Devices, nodes, processes on each of them and precision, each with its source, and what is to be warned of."""
 
     device: Device
+    nodes: int
     processes: int
     threads_per_process: int
     dtype: Dtype
+    available_bytes: int  # memory for each process
+    compute_capability: tuple[int, int] | None  # of the least capable GPU
     sources: dict[str, str]
     warnings: list[str]
+
+    @property
+    def world_size(self) -> int:
+        """The processes on all nodes."""
+        return self.nodes * self.processes
 
 
 def plan_parallel(settings: Settings, hardware: Hardware) -> ParallelPlan:
@@ -43,28 +61,29 @@ def plan_parallel(settings: Settings, hardware: Hardware) -> ParallelPlan:
     choices.put("device", device, f"found {len(gpus)} x {gpus[0].name}" if gpus else "no GPU found")
     _choose_processes(choices, settings, hardware)
     processes = choices.values["processes"]
+    choices.take("nodes", settings.parallel, "nodes")
     choices.put("threads_per_process", max(1, hardware.cpu_cores // processes), f"{hardware.cpu_cores} cores")
     _choose_dtype(choices, settings, hardware)
+    _check_engine(settings, device)
+    check_quantization(settings, device, min((gpu.compute_capability for gpu in gpus), default=None))
     _check_attention(settings, device)
     _check_optimizer(settings.train, device)
-    _check_batch_arithmetic(settings.train, processes)
+    _check_loss(settings.train, device)
+    _check_batch_arithmetic(settings.train, processes * settings.parallel.nodes)
     if settings.train.max_steps is not None and is_given(settings.train, "warmup"):
         count_warmup_steps(settings.train.warmup, settings.train.max_steps)
-    return ParallelPlan(**choices.values, sources=choices.sources, warnings=choices.warnings)
+    return ParallelPlan(
+        **choices.values,
+        available_bytes=available_bytes(hardware, processes),
+        compute_capability=min((gpu.compute_capability for gpu in gpus), default=None),
+        sources=choices.sources,
+        warnings=choices.warnings,
+    )
 
 
-def batch_multiple(train: TrainSettings, processes: int) -> int:
-    """Return what every global batch must be a multiple of: the processes, times the micro batch if that is given."""
-    return processes if train.micro_batch_size == "auto" else train.micro_batch_size * processes
-
-
-def why_not_paged_adamw(device: Device) -> str | None:
-    """Return what paged 8-bit AdamW lacks here, None where it can run."""
-    if device == "cpu":
-        return "there is no GPU"
-    if not _is_installed("bitsandbytes"):
-        return "the package bitsandbytes is not installed"
-    return None
+def batch_multiple(train: TrainSettings, world_size: int) -> int:
+    """Return what every global batch must be a multiple of: all processes, times the micro batch if that is given."""
+    return world_size if train.micro_batch_size == "auto" else train.micro_batch_size * world_size
 
 
 def _choose_processes(choices: Choices, settings: Settings, hardware: Hardware) -> None:
@@ -93,53 +112,76 @@ def _choose_dtype(choices: Choices, settings: Settings, hardware: Hardware) -> N
         automatic, why = ("bfloat16", "the GPU has it") if has_bf16 else ("float16", "the GPU has no bfloat16")
     else:
         amx = hardware.cpu_has_bf16_matrix_units
+        by_deepspeed = settings.parallel.engine in ("zero2", "zero3")
         if asked == "float16":
             raise ConfigError(
                 "SFT_MODEL__DTYPE=float16: training in float16 needs a GPU", hint="use float32, or leave it at auto"
+            )
+        if asked == "bfloat16" and by_deepspeed:  # transformers takes bf16 without use_cpu for a wish for a GPU
+            raise ConfigError(
+                f"SFT_MODEL__DTYPE=bfloat16: {settings.parallel.engine} on a CPU trains in float32 only",
+                hint="use float32 or ddp, or leave it at auto",
             )
         if asked == "bfloat16" and not amx:
             choices.warnings.append(
                 "SFT_MODEL__DTYPE=bfloat16: this CPU has no AMX; float32 is 25 to 30 times faster here"
             )
-        automatic, why = ("bfloat16", "the CPU has AMX") if amx else ("float32", "the CPU has no bfloat16 matrix units")
+        if by_deepspeed:
+            automatic, why = "float32", "DeepSpeed on a CPU"
+        elif amx:
+            automatic, why = "bfloat16", "the CPU has AMX"
+        else:
+            automatic, why = "float32", "the CPU has no bfloat16 matrix units"
     choices.take("dtype", settings.model, "dtype", auto=automatic, why=why)
 
 
-def _check_attention(settings: Settings, device: Device) -> None:
-    if settings.model.attn_implementation != "flash_attention_2":
+def _check_engine(settings: Settings, device: Device) -> None:
+    """Refuse an engine that was asked for and can't run here, or can't do what else was asked for."""
+    engine, offload = settings.parallel.engine, settings.parallel.offload
+    if offload is True and device == "cpu":
+        raise ConfigError(
+            "SFT_PARALLEL__OFFLOAD=true: there is no GPU, so the weights are in host memory anyway",
+            hint="leave it at auto",
+        )
+    if engine == "auto":
         return
-    if device == "cpu":
+    if lacking := why_not_engine(engine, device):
+        hint = "install it (pip install deepspeed), or use ddp" if uses_deepspeed(engine) else "use ddp, zero2 or zero3"
+        raise ConfigError(f"SFT_PARALLEL__ENGINE={engine}: {lacking}", hint=hint)
+    if offload is True and (lacking := why_not_offload(engine)):
+        raise ConfigError(f"SFT_PARALLEL__OFFLOAD=true: {lacking}", hint="set SFT_PARALLEL__ENGINE=zero3")
+    if lacking := why_not_split(engine, settings.quantization):
         raise ConfigError(
-            "SFT_MODEL__ATTN_IMPLEMENTATION=flash_attention_2: needs a GPU", hint="use sdpa, or leave it at auto"
+            f"SFT_QUANTIZATION={settings.quantization}: {lacking}", hint="use ddp, zero2 or no quantization"
         )
-    if not _is_installed("flash_attn"):
-        raise ConfigError(
-            "SFT_MODEL__ATTN_IMPLEMENTATION=flash_attention_2: the package flash-attn is not installed",
-            hint="install flash-attn, use sdpa, or leave it at auto",
-        )
+
+
+def _check_attention(settings: Settings, device: Device) -> None:
+    asked = settings.model.attn_implementation
+    lacking = None if asked == "auto" else why_not_attention(asked, device)
+    if lacking is not None:
+        raise ConfigError(f"SFT_MODEL__ATTN_IMPLEMENTATION={asked}: {lacking}", hint="use sdpa, or leave it at auto")
 
 
 def _check_optimizer(train: TrainSettings, device: Device) -> None:
     lacking = why_not_paged_adamw(device) if train.optimizer == "paged_adamw_8bit" else None
     if lacking is not None:
-        remedy = "use adamw, or leave it at auto"
-        raise ConfigError(
-            f"SFT_TRAIN__OPTIMIZER=paged_adamw_8bit: {lacking}",
-            hint=remedy if device == "cpu" else f"install bitsandbytes, {remedy}",
-        )
+        raise ConfigError(f"SFT_TRAIN__OPTIMIZER=paged_adamw_8bit: {lacking}", hint="use adamw, or leave it at auto")
 
 
-def _check_batch_arithmetic(train: TrainSettings, processes: int) -> None:
-    multiple = batch_multiple(train, processes)
+def _check_loss(train: TrainSettings, device: Device) -> None:
+    lacking = why_not_liger(device) if train.loss == "liger" else None
+    if lacking is not None:
+        raise ConfigError(f"SFT_TRAIN__LOSS=liger: {lacking}", hint="use chunked, or leave it at auto")
+
+
+def _check_batch_arithmetic(train: TrainSettings, world_size: int) -> None:
+    multiple = batch_multiple(train, world_size)
     if train.global_batch_size == "auto" or train.global_batch_size % multiple == 0:
         return
     micro = "" if train.micro_batch_size == "auto" else f"SFT_TRAIN__MICRO_BATCH_SIZE={train.micro_batch_size} x "
     raise ConfigError(
         f"SFT_TRAIN__GLOBAL_BATCH_SIZE={train.global_batch_size}: can't be split, for it is not a multiple of "
-        f"{micro}{processes} process{'es' if processes > 1 else ''}",
+        f"{micro}{world_size} process{'es' if world_size > 1 else ''}",
         hint=f"use a multiple of {multiple}",
     )
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

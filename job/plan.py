@@ -12,8 +12,12 @@ from pydantic import BaseModel, ConfigDict
 
 from job.choices import Choices, setting_source
 from job.errors import ConfigError
-from job.parallel import Device, Dtype, ParallelPlan, batch_multiple, why_not_paged_adamw
+from job.memory.estimate import MemoryEstimate
+from job.memory.fit import choose_attention, choose_what_fits
+from job.memory.model_shape import ModelShape
+from job.parallel import Dtype, ParallelPlan, batch_multiple
 from job.presets import find_preset, is_given
+from job.quantization import choose_quantization
 from job.schedule import (
     Scheduler,
     choose_epochs,
@@ -30,6 +34,7 @@ from job.schedule import (
 )
 from job.settings import Settings
 from job.settings_groups import TrainSettings
+from job.support import Attention, Device, Engine, Quantization, why_not_paged_adamw
 
 _DEFAULT_GLOBAL_BATCH_SIZE = 8
 _MAX_AUTO_MICRO_BATCH_SIZE = 8
@@ -51,12 +56,15 @@ class TrainPlan(BaseModel):
 
     model_id: str
     model_revision: str
-    attn_implementation: str
+    attn_implementation: Attention
+    quantization: Quantization
     chat_template: str
 
     lora_r: int
     lora_alpha: int
     lora_dropout: float
+    lora_rslora: bool
+    lora_dora: bool
     target_modules: Literal["all-linear"] | list[str]
     modules_to_save: list[str]
     new_tokens: list[str]
@@ -71,13 +79,15 @@ class TrainPlan(BaseModel):
 
     device: Device
     dtype: Dtype
-    engine: Literal["ddp"]
-    processes: int
+    engine: Engine
+    offload: bool
+    nodes: int
+    processes: int  # on each node
     threads_per_process: int
 
     micro_batch_size: int
     gradient_accumulation_steps: int
-    global_batch_size: int  # sequences: micro batch x gradient accumulation x processes
+    global_batch_size: int  # sequences: micro batch x gradient accumulation x world size
     steps: int
     epochs: float
     warmup_steps: int
@@ -86,13 +96,21 @@ class TrainPlan(BaseModel):
     optimizer: Literal["adamw", "paged_adamw_8bit"]
     max_grad_norm: float
     gradient_checkpointing: bool
+    loss: Literal["full", "chunked", "liger"]
     early_stopping_patience: int | None  # evaluations
     eval_interval_steps: int | None  # None without early stopping
     seed: int
     logging_steps: int
 
+    memory: MemoryEstimate
+
     sources: dict[str, str]
     warnings: list[str]
+
+    @property
+    def world_size(self) -> int:
+        """The processes on all nodes."""
+        return self.nodes * self.processes
 
 
 @dataclass(frozen=True)
@@ -100,10 +118,12 @@ class DataFacts:
     """What the plan must know of the base model and of the tokenised rows that were kept.
 
     `chat_template` names it for people: "the tokenizer's own", "chatml", "none". `new_tokens` are those that it adds.
+    `stored_quantization` is that of the base model's weights.
     """
 
     model_revision: str
     model_type: str
+    shape: ModelShape
     chat_template: str
     max_length_tokens: int
     max_length_source: str
@@ -113,6 +133,7 @@ class DataFacts:
     train_tokens: int
     supervised_tokens: int
     new_tokens: list[str] = field(default_factory=list)
+    stored_quantization: Quantization = "none"
 
 
 def make_plan(settings: Settings, parallel: ParallelPlan, data: DataFacts) -> TrainPlan:
@@ -125,14 +146,14 @@ def make_plan(settings: Settings, parallel: ParallelPlan, data: DataFacts) -> Tr
     for name, source in parallel.sources.items():
         choices.put(name, getattr(parallel, name), source)
     choices.warnings += parallel.warnings
-    choices.take("engine", settings.parallel, "engine", auto="ddp", why="the model is copied to every process")
-    _choose_model(choices, settings, data)
+    _choose_model(choices, settings, data, parallel)
     _note_data(choices, settings, data)
-    _choose_batch(choices, settings.train, parallel.processes, data.max_length_tokens)
+    _choose_batch(choices, settings.train, parallel.world_size, data.max_length_tokens)
     _choose_length(choices, settings.train, data.train_rows)
     _choose_learning(choices, settings.train, parallel.device)
+    choose_what_fits(choices, settings, data.shape, parallel.available_bytes)
     _choose_early_stopping(choices, settings.train, data)
-    _warn(choices, settings.train, data.train_rows, parallel.processes)
+    _warn(choices, settings.train, data.train_rows, parallel.world_size)
     return TrainPlan(**choices.values, sources=choices.sources, warnings=choices.warnings)
 
 
@@ -142,15 +163,19 @@ def choose_micro_batch_size(sequences_per_process: int, max_length_tokens: int) 
     return max(size for size in range(1, most + 1) if sequences_per_process % size == 0)
 
 
-def _choose_model(choices: Choices, settings: Settings, data: DataFacts) -> None:
+def _choose_model(choices: Choices, settings: Settings, data: DataFacts, parallel: ParallelPlan) -> None:
     model, lora = settings.model, settings.lora
     choices.take("model_id", model, "id")
     choices.put("model_revision", data.model_revision, "resolved")
-    choices.take("attn_implementation", model, "attn_implementation", auto="sdpa", why="PyTorch's own kernel")
+    attention, why = choose_attention(parallel.device, parallel.dtype, parallel.compute_capability)
+    choices.take("attn_implementation", model, "attn_implementation", auto=attention, why=why)
+    choose_quantization(choices, settings, data.stored_quantization, choices.values["device"])
     choices.put("chat_template", data.chat_template, setting_source(model, "chat_template"))
     choices.take("lora_r", lora, "r")
     choices.take("lora_alpha", lora, "alpha", auto=2 * choices.values["lora_r"], why="2r")
     choices.take("lora_dropout", lora, "dropout")
+    choices.take("lora_rslora", lora, "rslora")
+    choices.take("lora_dora", lora, "dora")
     choices.take("target_modules", lora, "target_modules")
     choices.take("modules_to_save", lora, "modules_to_save")
     choices.put("new_tokens", data.new_tokens, "added by the chat template")
@@ -166,29 +191,28 @@ def _note_data(choices: Choices, settings: Settings, data: DataFacts) -> None:
     choices.take("packing", settings.train, "packing", auto=packable, why=why)
 
 
-def _choose_batch(choices: Choices, train: TrainSettings, processes: int, max_length_tokens: int) -> None:
+def _choose_batch(choices: Choices, train: TrainSettings, world_size: int, max_length_tokens: int) -> None:
     """Choose the global batch, which decides what is learned, and then the micro batch, which must fit into it."""
-    multiple = batch_multiple(train, processes)
+    multiple = batch_multiple(train, world_size)
     asked, source = choices.find(train, "global_batch_size")
     if asked == "auto":
         asked, source = _DEFAULT_GLOBAL_BATCH_SIZE, "auto"
     global_batch_size = math.ceil(asked / multiple) * multiple  # what is given was checked by plan_parallel
     if global_batch_size != asked:
-        source += f": {asked}, rounded up to a multiple of {multiple} for {_name_split(train, processes)}"
+        source += f": {asked}, rounded up to a multiple of {multiple} for {_name_split(train, world_size)}"
     choices.put("global_batch_size", global_batch_size, source)
 
-    share = global_batch_size // processes
+    share = global_batch_size // world_size
     micro, source = choices.find(train, "micro_batch_size")
     if micro == "auto" or share % micro:
         why = f"auto: up to {_MAX_AUTO_MICRO_BATCH_SIZE} within {_MAX_AUTO_MICRO_BATCH_TOKENS} tokens"
         source = why if micro == "auto" else f"{why}; {source} names {micro}, which doesn't divide {share}"
         micro = choose_micro_batch_size(share, max_length_tokens)
-    choices.put("micro_batch_size", micro, source)
-    choices.put("gradient_accumulation_steps", share // micro, "global batch / (micro x processes)")
+    choices.put("micro_batch_size", micro, source)  # what is started from: less if no more fits
 
 
-def _name_split(train: TrainSettings, processes: int) -> str:
-    shown = f"{processes} process{'es' if processes > 1 else ''}"
+def _name_split(train: TrainSettings, world_size: int) -> str:
+    shown = f"{world_size} process{'es' if world_size > 1 else ''}"
     return shown if train.micro_batch_size == "auto" else f"{shown} in micro batches of {train.micro_batch_size}"
 
 
@@ -220,9 +244,6 @@ def _choose_learning(choices: Choices, train: TrainSettings, device: Device) -> 
     for name in ("learning_rate", "scheduler", "max_grad_norm", "seed"):
         choices.take(name, train, name)
     _choose_optimizer(choices, train, device)
-    on_gpu = device == "cuda"
-    why = "memory is short on a GPU" if on_gpu else "memory is plenty on a CPU"
-    choices.take("gradient_checkpointing", train, "gradient_checkpointing", auto=on_gpu, why=why)
 
 
 def _choose_optimizer(choices: Choices, train: TrainSettings, device: Device) -> None:
@@ -251,7 +272,7 @@ def _choose_early_stopping(choices: Choices, train: TrainSettings, data: DataFac
     choices.put("eval_interval_steps", interval, "one pass of the rows")
 
 
-def _warn(choices: Choices, train: TrainSettings, train_rows: int, processes: int) -> None:
+def _warn(choices: Choices, train: TrainSettings, train_rows: int, world_size: int) -> None:
     """Collect what is probably wrong with the schedule as it was chosen."""
     chosen: dict[str, Any] = choices.values
     steps, warmup_steps, batch = chosen["steps"], chosen["warmup_steps"], chosen["global_batch_size"]
@@ -262,7 +283,7 @@ def _warn(choices: Choices, train: TrainSettings, train_rows: int, processes: in
     choices.warnings += warn_of_little_learning(
         steps, warmup_steps, chosen["scheduler"], chosen["learning_rate"], by_max_steps=by_max_steps
     )
-    choices.warnings += warn_of_repeated_rows(train_rows, batch, multiple=batch_multiple(train, processes))
+    choices.warnings += warn_of_repeated_rows(train_rows, batch, multiple=batch_multiple(train, world_size))
     if chosen["early_stopping_patience"] is not None:
         choices.warnings += warn_of_idle_patience(
             chosen["early_stopping_patience"], steps, chosen["eval_interval_steps"]

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,8 @@ class Prepared:
 
     def write_down(self, folder: RunFolder, warnings: Sequence[str]) -> None:
         """Write plan and X-ray into a fresh folder."""
-        shutil.rmtree(folder.root, ignore_errors=True)
-        folder.root.mkdir(parents=True)
-        folder.plan.write_text(self.plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
         xray = {**asdict(self.dataset.xray), "warnings": list(warnings)}
-        folder.xray.write_text(json.dumps(xray, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._write_afresh(folder, json.dumps(xray, indent=2, ensure_ascii=False) + "\n")
 
     def hand_over(self, folder: RunFolder) -> RunFolder:
         """Write beside them what the workers need."""
@@ -58,6 +55,20 @@ class Prepared:
         np.save(folder.train_rows, self.dataset.train_segments)
         np.save(folder.eval_rows, self.dataset.eval_segments)
         return folder
+
+    def hand_over_again(self, folder: RunFolder, plan: TrainPlan) -> "Prepared":
+        """Hand over another plan, with nothing left in the folder of what workers did there; return what is prepared
+        now."""
+        changed = replace(self, plan=plan)
+        changed._write_afresh(folder, folder.xray.read_text(encoding="utf-8"))
+        changed.hand_over(folder)
+        return changed
+
+    def _write_afresh(self, folder: RunFolder, xray: str) -> None:
+        shutil.rmtree(folder.root, ignore_errors=True)
+        folder.root.mkdir(parents=True)
+        folder.plan.write_text(self.plan.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        folder.xray.write_text(xray, encoding="utf-8")
 
 
 def _describe(token: NewToken) -> NewTokenInput:

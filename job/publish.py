@@ -4,14 +4,16 @@ all it lists is there and whole."""
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import job
 from job.errors import ConfigError, UnavailableError
-from job.handover import RunFolder
+from job.handover import MERGED, RunFolder
 from job.log import format_bytes, logger
 from job.manifest import MANIFEST_NAME, hash_file, make_manifest
+from job.memory.found import forget_memory_found
 from job.prepared import Prepared
 from job.report import format_model_card
 from job.storage import Store, open_store
@@ -65,22 +67,33 @@ def _is_manifest(content: object) -> bool:
     return all(isinstance(file, dict) and "path" in file for file in content["files"])
 
 
-def is_already_published(slot: Store, run_id: str, *, overwrite: bool) -> bool:
-    """Say whether this very run lies finished in the slot.
+def is_already_published(slot: Store, run_id: str, *, overwrite: bool, merge: bool) -> bool:
+    """Say whether this very run lies finished in the slot, with its merged model if `merge` asks for that.
 
-    Raises ConfigError when another run does, and it may not be overwritten.
+    Raises ConfigError when another run does, or this one without its merged model, and it may not be overwritten.
     """
     published = read_published(slot)
     if published is None:
         return False
     if published["run_id"] == run_id:
-        return True
+        if not merge or _has_merged(published):
+            return True
+        if not overwrite:
+            raise ConfigError(
+                f"SFT_OUTPUT__MERGE=true: this run is published at {slot.uri} already, without a merged model",
+                hint="publish elsewhere, or set SFT_OUTPUT__OVERWRITE=true to train again and replace it",
+            )
+        return False
     if not overwrite:
         raise ConfigError(
             f"SFT_OUTPUT__URI={slot.uri}: run {published['run_id']} is published there, and this is run {run_id}",
             hint="publish elsewhere ({run_id} in the URI is filled in for each run), or set SFT_OUTPUT__OVERWRITE=true",
         )
     return False
+
+
+def _has_merged(manifest: Mapping[str, Any]) -> bool:
+    return any(file["path"].startswith(f"{MERGED}/") for file in manifest["files"])
 
 
 def publish_run(prepared: Prepared, folder: RunFolder) -> None:
@@ -110,6 +123,7 @@ def publish_run(prepared: Prepared, folder: RunFolder) -> None:
         folder=folder.adapter,
     )
     publish(prepared.slot, folder.adapter, manifest, overwrite=prepared.settings.output.overwrite)
+    forget_memory_found(prepared.slot)
 
 
 def _set_aside(sources: list[Path], target: Path) -> None:
@@ -143,7 +157,7 @@ def publish(slot: Store, folder: Path, manifest: dict[str, Any], *, overwrite: b
     Raises ConfigError when another run was published there since this one began, and UnavailableError when a file reads
     back differently. Up to the last moment the slot has no manifest, so a publication that breaks off is none.
     """
-    if is_already_published(slot, manifest["run_id"], overwrite=overwrite):
+    if is_already_published(slot, manifest["run_id"], overwrite=overwrite, merge=_has_merged(manifest)):
         logger.warning("another start of this run was faster: it is published at %s", slot.uri)
         return
     names = [file["path"] for file in manifest["files"]]
@@ -170,8 +184,8 @@ def _read_back(slot: Store, expected_sha256: dict[str, str], scratch: Path) -> N
     missing = set(expected_sha256) - {file.path for file in stored}
     if missing:
         raise UnavailableError(f"{slot.uri}: {min(missing)} was written, and isn't there")
-    with tempfile.TemporaryDirectory(prefix="read-back-", dir=scratch) as folder:
-        paths = slot.fetch(stored, Path(folder), lambda _: None)
-        for file, path in zip(stored, paths, strict=True):
+    for file in stored:  # one at a time, for the disk may not have room for a whole model once more
+        with tempfile.TemporaryDirectory(prefix="read-back-", dir=scratch) as folder:
+            [path] = slot.fetch([file], Path(folder), lambda _: None)
             if hash_file(path) != expected_sha256[file.path]:
                 raise UnavailableError(f"{file.uri}: reads back differently from what was written")

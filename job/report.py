@@ -4,11 +4,22 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from job.log import format_bytes
+from job.memory.estimate import MemoryEstimate
 from job.plan import TrainPlan
 
 _LABELS = {
-    "Base model": ("model_id", "model_revision", "dtype", "attn_implementation", "chat_template"),
-    "Adapter": ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "new_tokens"),
+    "Base model": ("model_id", "model_revision", "dtype", "quantization", "attn_implementation", "chat_template"),
+    "Adapter": (
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_rslora",
+        "lora_dora",
+        "target_modules",
+        "modules_to_save",
+        "new_tokens",
+    ),
     "Data": (
         "train_rows",
         "eval_rows",
@@ -18,7 +29,7 @@ _LABELS = {
         "truncation",
         "packing",
     ),
-    "Parallel": ("device", "engine", "processes", "threads_per_process"),
+    "Parallel": ("device", "engine", "offload", "nodes", "processes", "threads_per_process"),
     "Batch": ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"),
     "Schedule": (
         "steps",
@@ -29,13 +40,25 @@ _LABELS = {
         "optimizer",
         "max_grad_norm",
         "gradient_checkpointing",
+        "loss",
         "early_stopping_patience",
         "eval_interval_steps",
         "seed",
         "logging_steps",
     ),
 }
+_HELD = {"none": "as it is", "nf4": "in 4 bits (NF4, double quantisation)", "int8": "in 8 bits (LLM.int8)"}
 _NAME_WIDTH = max(len(name) for names in _LABELS.values() for name in names)
+_MERGED_USE = """
+The whole model, with the adapter merged into it, is in `merged/`, and needs no PEFT:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this-folder/merged")
+model = AutoModelForCausalLM.from_pretrained("this-folder/merged")
+```
+"""
 _MIN_WIDTH = 80  # columns; on a narrower screen, the lines run on
 _VALUE_WIDTHS = (19, 40)  # columns, at least and at most: "the tokenizer's own" and a commit's hash are shown whole
 _SOURCE_WIDTH = len("SFT_TRAIN__EARLY_STOPPING_PATIENCE")  # the longest; sources get that much before values get more
@@ -58,7 +81,18 @@ def format_plan(plan: TrainPlan, *, width: int = 120) -> str:
             first, *rest = _wrap(plan.sources[name], room - value_width)
             lines.append(f"  {name:<{_NAME_WIDTH}}  {shown[name]:<{value_width}}  {first}")
             lines += [f"{'':{_NAME_WIDTH + value_width + 6}}{line}" for line in rest]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_format_memory(plan.memory, value_width)])
+
+
+def _format_memory(memory: MemoryEstimate, value_width: int) -> list[str]:
+    """Return the estimate as a section of the plan's table, with each part's share."""
+    lines = ["Memory of each process, estimated"]
+    if memory.is_partial:
+        lines[0] += " in part: the architecture is not known, so only the weights are counted well"
+    for name, size in memory.parts().items():
+        lines.append(f"  {name:<{_NAME_WIDTH}}  {format_bytes(size):<{value_width}}  {size / memory.total_bytes:.0%}")
+    total, room = format_bytes(memory.total_bytes), format_bytes(memory.available_bytes)
+    return [*lines, f"  {'total':<{_NAME_WIDTH}}  {total:<{value_width}}  of {room}"]
 
 
 def _wrap(text: str, width: int) -> list[str]:
@@ -92,6 +126,11 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _describe_adapter(plan: TrainPlan) -> str:
+    kinds = ["rank-stabilised LoRA"] * plan.lora_rslora + ["DoRA"] * plan.lora_dora
+    return ", ".join([f"r {plan.lora_r}, alpha {plan.lora_alpha}, dropout {plan.lora_dropout:g}", *kinds])
+
+
 def format_model_card(
     plan: TrainPlan, *, run_id: str, job_version: str, metrics: Mapping[str, Any], is_on_hub: bool
 ) -> str:
@@ -110,6 +149,8 @@ base.resize_token_embeddings(rows)  # the adapter has what belongs there: {", ".
             f"| held-out loss of the base model | {metrics['eval_loss_base']:.4f} |\n"
             f"| held-out loss with this adapter | {metrics['eval_loss']:.4f} |\n"
         )
+    if "eval_loss_merged" in metrics:
+        held_out += f"| held-out loss of the merged model | {metrics['eval_loss_merged']:.4f} |\n"
     return f"""{chr(10).join([*front_matter, "---"])}
 
 # LoRA adapter for {plan.model_id}
@@ -121,7 +162,9 @@ Trained by sft-job {job_version}, run `{run_id}`, on revision `{plan.model_revis
 | rows learned from | {plan.train_rows:,} ({plan.supervised_tokens:,} supervised tokens) |
 | steps | {plan.steps:,} of {plan.global_batch_size} sequences ({plan.epochs:g} epochs) |
 | learning rate | {plan.learning_rate:g}, {plan.scheduler}, {plan.warmup_steps} steps of warmup |
-| adapter | r {plan.lora_r}, alpha {plan.lora_alpha}, dropout {plan.lora_dropout:g} |
+| adapter | {_describe_adapter(plan)} |
+| trained parameters | {metrics["trainable_parameters"]:,} of {metrics["total_parameters"]:,} |
+| base model while training | {_HELD[plan.quantization]}, arithmetic in {plan.dtype} |
 | training loss | {metrics["train_loss"]:.4f} |
 {held_out}
 Every value is in `plan.json`, every step in `metrics.jsonl`, and the files' sha256 in `manifest.json`.
@@ -136,4 +179,4 @@ tokenizer = AutoTokenizer.from_pretrained("this-folder")
 base = AutoModelForCausalLM.from_pretrained("{plan.model_id}")  # or the folder that holds it
 {resize}model = PeftModel.from_pretrained(base, "this-folder")
 ```
-"""
+{_MERGED_USE if "merged_logits_difference" in metrics else ""}"""

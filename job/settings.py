@@ -5,9 +5,9 @@
 """
 
 import os
-from typing import cast, get_type_hints
+from typing import Literal, cast, get_type_hints
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     model: ModelSettings
     data: DataSettings
     lora: LoraSettings = LoraSettings()
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none",
+        description="How the frozen base model is held while training: as it is, in 4 bits (NF4, double quantisation), "
+        "or in 8 (LLM.int8)",
+    )
     train: TrainSettings = TrainSettings()
     parallel: ParallelSettings = ParallelSettings()
     output: OutputSettings
@@ -121,7 +126,7 @@ def load_runtime_settings() -> RuntimeSettings:
         return RuntimeSettings()
 
 
-def settings_groups() -> dict[str, type[Group]]:
-    """Return the groups by name."""
+def settings_groups() -> dict[str, type[Group] | None]:
+    """Return the groups by name, with None for a setting that stands alone."""
     hints = get_type_hints(Settings)
-    return {name: hints[name] for name in Settings.model_fields}
+    return {name: hints[name] if isinstance(hints[name], type) else None for name in Settings.model_fields}

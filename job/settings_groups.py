@@ -23,8 +23,9 @@ class ModelSettings(Group):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of weights and arithmetic; auto: by the device"
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="Attention kernel; auto: sdpa"
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto",
+        description="Attention kernel; auto: flash_attention_2 where package and GPU are fit for it, else sdpa",
     )
 
 
@@ -98,6 +99,8 @@ class LoraSettings(Group):
     modules_to_save: Modules = Field(
         [], description="Modules trained whole and saved with the adapter, such as embed_tokens,lm_head"
     )
+    rslora: bool = Field(False, description="Rank-stabilised LoRA: scale by alpha / sqrt(r)")
+    dora: bool = Field(False, description="DoRA: train the magnitude of each weight's columns, too; slower")
 
 
 class TrainSettings(Group):
@@ -131,7 +134,7 @@ class TrainSettings(Group):
     )
     micro_batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = Field(
         "auto",
-        description="Sequences per process in one forward pass; auto: up to 8 within 4,096 tokens",
+        description="Sequences per process in one forward pass; auto: up to 8 within 4,096 tokens, as far as they fit",
         json_schema_extra=unit_of("sequences"),
     )
     packing: bool | Auto = Field(
@@ -146,7 +149,12 @@ class TrainSettings(Group):
         1.0, gt=0, le=1e6, description="Gradients are clipped to this norm", json_schema_extra=unit_of("L2 norm")
     )
     gradient_checkpointing: bool | Auto = Field(
-        "auto", description="Recompute activations to save memory; auto: on a GPU"
+        "auto", description="Recompute activations to save memory; auto: where the plan doesn't fit without"
+    )
+    loss: Literal["auto", "full", "chunked", "liger"] = Field(
+        "auto",
+        description="How the loss is computed: over all logits at once, over chunks of the supervised tokens, or by "
+        "Liger's fused kernel (GPU); auto: full, or chunked where the logits take too much of the memory",
     )
     seed: int = Field(
         42,
@@ -168,11 +176,36 @@ class TrainSettings(Group):
 
 
 class ParallelSettings(Group):
-    """On how many processors."""
+    """On how many processors and machines."""
 
-    engine: Literal["auto", "ddp"] = Field("auto", description="Distributed engine; auto: ddp")
+    engine: Literal["auto", "ddp", "zero2", "zero3", "fsdp2"] = Field(
+        "auto", description="Distributed engine: DDP, DeepSpeed ZeRO-2 or ZeRO-3, FSDP2; auto: by what fits in memory"
+    )
+    offload: bool | Auto = Field(
+        "auto",
+        description="Keep the base model's weights in host memory, by ZeRO-3; slow; auto: if nothing else fits",
+    )
     processes: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
-        "auto", description="Worker processes; auto: one per GPU, one on a CPU", json_schema_extra=unit_of("processes")
+        "auto",
+        description="Worker processes on each node; auto: one per GPU, one on a CPU",
+        json_schema_extra=unit_of("processes"),
+    )
+    nodes: int = Field(1, ge=1, le=1024, description="Machines that train together", json_schema_extra=unit_of("nodes"))
+    node_rank: Annotated[int, Field(ge=0, le=1023)] | Auto = Field(
+        "auto",
+        description="Which of the nodes this is, from 0 on; auto: JOB_COMPLETION_INDEX of a Kubernetes Indexed Job",
+        json_schema_extra=unit_of("none"),
+    )
+    host: str = Field(
+        "auto",
+        min_length=1,
+        description="Address of node 0; auto: its pod behind the headless service of a Kubernetes Indexed Job",
+    )
+    port: int = Field(
+        29400, ge=1, le=65535, description="Port of node 0 at which the nodes meet", json_schema_extra=unit_of("none")
+    )
+    wait_minutes: float = Field(
+        15, gt=0, le=1440, description="How long nodes wait for each other", json_schema_extra=unit_of("minutes")
     )
 
 
@@ -181,6 +214,7 @@ class OutputSettings(Group):
 
     uri: OutputUri = Field(description="The slot of one run: s3://bucket/prefix or a folder; {run_id} is filled in")
     overwrite: bool = Field(False, description="Replace another run's adapter in the slot")
+    merge: bool = Field(False, description="Publish the base model with the adapter merged into it, too, in merged/")
 
 
 class RuntimeSettings(Group):

@@ -7,14 +7,14 @@ known ones, and values that may be secret stay out.
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
 PREFIX = "SFT_"
 DELIMITER = "__"
 
-Groups = Mapping[str, type[BaseModel]]  # the groups of settings by name
+Groups = Mapping[str, type[BaseModel] | None]  # the groups of settings by name; None: a setting that stands alone
 
 
 def known_names(groups: Groups) -> list[str]:
@@ -22,8 +22,14 @@ def known_names(groups: Groups) -> list[str]:
     names = []
     for group, group_class in groups.items():
         names.append(_variable(group))
-        names += [_variable(group, field) for field in group_class.model_fields]
+        names += [_variable(group, field) for field in group_class.model_fields] if group_class else []
     return names
+
+
+def setting_names(groups: Groups) -> list[str]:
+    """Return the variables of single settings, without those of whole groups."""
+    of_groups = {_variable(name) for name, group_class in groups.items() if group_class}
+    return [name for name in known_names(groups) if name not in of_groups]
 
 
 def _variable(*parts: str) -> str:
@@ -51,7 +57,7 @@ def unknown_names(environment: Mapping[str, str], groups: Groups) -> list[str]:
 
 def broken_groups(environment: Mapping[str, str], groups: Groups) -> dict[str, str]:
     """Return the variables of whole groups that don't hold a JSON object, and why not."""
-    variables = {_variable(group) for group in groups}
+    variables = {_variable(group) for group, group_class in groups.items() if group_class}
     broken: dict[str, str] = {}
     for name, value in environment.items():
         if name.upper() not in variables or not value:
@@ -74,7 +80,7 @@ def describe(error: ValidationError, environment: Mapping[str, str], groups: Gro
         name = _variable(*location[:2])
         kind = problem["type"]
         if kind == "missing":  # a field, or a group of which nothing is set
-            group = groups[location[0]]
+            group = cast(type[BaseModel], groups[location[0]])  # what stands alone has a default
             fields = location[1:] or [field for field, info in group.model_fields.items() if info.is_required()]
             for field in fields:
                 reasons[_variable(location[0], field)] = [f"must be set ({group.model_fields[field].description})"]

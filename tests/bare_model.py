@@ -7,8 +7,19 @@ from pathlib import Path
 TEXTS = Path(__file__).parent / "data" / "recipes" / "chat-template.jsonl"
 
 
-def save_bare_model(folder: Path, *, tied: bool) -> Path:
-    """Save model and tokenizer, a byte-level one of 500 tokens, with the head tied to the embeddings or not."""
+def save_bare_model(
+    folder: Path,
+    *,
+    tied: bool,
+    hidden_size: int = 64,
+    layers: int = 2,
+    vocabulary_size: int | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """Save model and tokenizer, a byte-level one of 500 tokens, with the head tied to the embeddings or not.
+
+    `vocabulary_size` is the model's, where it has more rows than the tokenizer has tokens.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,18 +44,18 @@ def save_bare_model(folder: Path, *, tied: bool) -> Path:
     )
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+        vocab_size=vocabulary_size or len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=max(4, hidden_size // 64),
+        num_key_value_heads=max(2, hidden_size // 256),
+        max_position_embeddings=2048,
         tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

@@ -18,6 +18,7 @@ from job.settings import Settings  # noqa: E402
 from job.settings_problems import DELIMITER, PREFIX  # noqa: E402
 
 README = ROOT / "README.md"
+_SETTINGS_HEAD = ["variable", "default", "unit", "what it is"]
 
 
 def exit_codes_table() -> str:
@@ -31,12 +32,16 @@ def settings_table() -> str:
     schema = Settings.model_json_schema()
     parts = []
     for name, reference in schema["properties"].items():
+        if "$ref" not in reference:
+            table = _table(_SETTINGS_HEAD, [_setting_row(f"{PREFIX}{name}".upper(), reference, False)])
+            parts.append(f"**{name}**, a setting that stands alone:\n\n{table}")
+            continue
         group = schema["$defs"][reference["$ref"].rsplit("/", 1)[-1]]
         rows = [
             _setting_row(f"{PREFIX}{name}{DELIMITER}{field}".upper(), about, field in group.get("required", ()))
             for field, about in group["properties"].items()
         ]
-        table = _table(["variable", "default", "unit", "what it is"], rows)
+        table = _table(_SETTINGS_HEAD, rows)
         parts.append(f"**{name}**: {group['description']}\n\n{table}")
     return "\n\n".join(parts)
 

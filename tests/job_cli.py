@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,13 @@ def job_environment(folder: Path, **settings: object) -> dict[str, str]:
     return environment | {f"SFT_{name}": str(value) for name, value in settings.items()}
 
 
-def start_job(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-    """Start `python -m job` and return the process; its stdout and stderr come as one stream."""
+def start_job(environment: dict[str, str], *arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start `python -m job` and return the process; its stdout and stderr come as one stream.
+
+    `prefix` is a command that starts it in its own place, such as `ip netns exec NAME`.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "job", *arguments],
+        [*prefix, sys.executable, "-m", "job", *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from job.handover import NewTokenInput, RunFolder, WorkerInputs
 from job.plan import TrainPlan
 from job.train.dataset import PadRows, TokenRows, join_rows
+from job.train.evaluate import evaluate_loss
 from job.train.run import train
-from job.train.trainer import evaluate_loss
 
 VOCABULARY = 100
 ROWS = 24  # 16 to train on, 8 held out

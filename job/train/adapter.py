@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from job.errors import ConfigError, DivergedError, InternalError
 from job.plan import TrainPlan
+from job.support import splits_weights
+from job.train.gather import gather_frozen
+from job.train.quantize import check_can_be_saved_whole
 from job.train.vocabulary import find_embeddings, is_tied
 
 _NAME = "default"  # PEFT's, for the only adapter
@@ -26,7 +29,11 @@ def add_adapter(base: PreTrainedModel, plan: TrainPlan, token_ids: Sequence[int]
     targeted = _find_modules(base, names, "SFT_LORA__TARGET_MODULES", kind=nn.Linear)
     whole = _find_modules(base, plan.modules_to_save, "SFT_LORA__MODULES_TO_SAVE", kind=nn.Module)
     _check_none_is_in_both(targeted, whole)
+    if plan.quantization != "none":
+        for name in whole:
+            check_can_be_saved_whole(name, base.get_submodule(name))
     by_row = _layers_to_train_by_row(base, whole) if token_ids else []
+    _check_rows_are_whole(by_row, plan)
     _check_rows_can_be_trained(base, by_row, targeted)
     tied = is_tied(base)
     tied_and_whole = tied and not find_embeddings(base).keys().isdisjoint(whole)
@@ -34,6 +41,8 @@ def add_adapter(base: PreTrainedModel, plan: TrainPlan, token_ids: Sequence[int]
         r=plan.lora_r,
         lora_alpha=plan.lora_alpha,
         lora_dropout=plan.lora_dropout,
+        use_rslora=plan.lora_rslora,
+        use_dora=plan.lora_dora,
         target_modules=plan.target_modules,
         modules_to_save=whole or None,
         trainable_token_indices={name: list(token_ids) for name in by_row} or None,
@@ -86,6 +95,17 @@ def _layers_to_train_by_row(base: PreTrainedModel, whole: Sequence[str]) -> list
     return [name for name, module in layers.items() if module is base.get_input_embeddings()]  # PEFT ties the head
 
 
+def _check_rows_are_whole(by_row: Sequence[str], plan: TrainPlan) -> None:
+    # PEFT's TrainableTokensLayer reads the base weight outside of the forward pass for which an engine gathers it.
+    if by_row and splits_weights(plan.engine):
+        names = ",".join(name.rsplit(".", 1)[-1] for name in by_row)
+        raise ConfigError(
+            f"SFT_PARALLEL__ENGINE={plan.engine}: the rows of new tokens can't be trained in embeddings that are split "
+            f"among the processes",
+            hint=f"train these whole (SFT_LORA__MODULES_TO_SAVE={names}), or use ddp or zero2",
+        )
+
+
 def _check_rows_can_be_trained(base: PreTrainedModel, by_row: Sequence[str], targeted: Sequence[str]) -> None:
     for name, module in find_embeddings(base).items():
         if by_row and name in targeted:
@@ -113,27 +133,32 @@ def _check_still_tied(base: PreTrainedModel, *, hint: str) -> None:
         raise ConfigError("embeddings and head are one matrix in this model, and PEFT can't train it as one", hint=hint)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter and its configuration.
+def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, *, rank: int) -> None:
+    """Write the adapter, on rank 0: trained weights as `gather_trained` returns them, and its configuration. Every
+    process must call it.
 
     Raises DivergedError when a weight isn't finite, InternalError when a part of it learned nothing.
     """
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise DivergedError(f"{len(broken)} of {len(weights)} adapter weights are NaN or infinite, {broken[0]} first")
     # B starts at zero: if it still is, no gradient ever reached the adapter
     if not any(weight.any() for name, weight in weights.items() if "lora_B" in name or "lora_embedding_B" in name):
         raise InternalError("the adapter is unchanged after training")
+    # A weight that is tied has several names in a model, and one in `weights`.
+    trained = {id(weight): weights[name] for name, weight in model.named_parameters() if weight.requires_grad}
     for name, before, after in _pairs(model):
-        if torch.equal(before.float(), after):
+        if torch.equal(gather_frozen(before), trained[id(after)]):
             raise InternalError(f"{name} is unchanged after training")
-    # Rows that were added are all in the adapter; by default PEFT writes the whole matrix of a model that has grown.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    if rank == 0:
+        state = model.state_dict(keep_vars=True)
+        state = {name: trained[id(weight)] for name, weight in state.items() if id(weight) in trained}
+        # Rows that were added are all in the adapter; by default PEFT writes the whole matrix of a grown model.
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def _pairs(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield name, base weight and trained weight of what is trained beside LoRA."""
+    """Yield name, base weight and parameter of what is trained beside LoRA."""
     for name, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper):
             tokens = module.token_adapter

@@ -1,10 +1,9 @@
-"""Early stopping: the held-out loss is watched while training, and the best weights are what remains."""
+"""Early stopping: the held-out loss is watched while training, and the best weights are kept."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from job.log import logger
@@ -15,27 +14,28 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
     when the loss has not fallen for `patience` evaluations.
 
     `evaluate` must return the same number on every rank, so that all stop together, and draw no random numbers, so
-    that watching changes nothing. `record` is told each step with its loss.
+    that watching changes nothing. `gather` returns copies of the trained weights. `record` is told each step with its
+    loss.
     """
 
     def __init__(
         self,
-        model: PeftModel,
         *,
         interval_steps: int,
         patience: int,
         evaluate: Callable[[], float],
+        gather: Callable[[], dict[str, torch.Tensor]],
         record: Callable[[int, float], None],
     ) -> None:
         self.best_step = 0
+        self.best_loss = float("inf")
+        self.best_weights: dict[str, torch.Tensor] = {}
         self.stopped_early = False
-        self._model = model
         self._interval_steps = interval_steps
         self._patience = patience
         self._evaluate = evaluate
+        self._gather = gather
         self._record = record
-        self._best_loss = float("inf")
-        self._best_weights: dict[str, torch.Tensor] = {}
         self._without_progress = 0  # evaluations since the best one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -45,13 +45,9 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             return
         loss = self._evaluate()
         self._record(step, loss)
-        if loss < self._best_loss:
-            self._best_loss, self.best_step, self._without_progress = loss, step, 0
-            self._best_weights = {
-                name: weight.detach().to("cpu", copy=True)
-                for name, weight in self._model.named_parameters()
-                if weight.requires_grad
-            }
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self._without_progress = loss, step, 0
+            self.best_weights = self._gather()
             return
         self._without_progress += 1
         if self._without_progress == self._patience and step != state.max_steps:
@@ -64,10 +60,3 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
             self.stopped_early = True
             control.should_training_stop = True
             control.should_log = True  # the last step, whatever the logging interval
-
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        """Put the best weights back into the model."""
-        for name, weight in self._model.named_parameters():
-            if weight.requires_grad:
-                weight.copy_(self._best_weights[name])

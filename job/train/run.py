@@ -1,25 +1,32 @@
-"""What a worker does, top to bottom: promises checked, model loaded, evaluated, trained, evaluated again, saved."""
+"""What a worker does, top to bottom: model loaded, promises checked, evaluated, trained, evaluated again, saved."""
 
 import json
-import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch import nn
 
 from job.errors import InternalError
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import save_adapter
+from job.train.chunked_loss import check_loss_can_be_chunked, chunk_loss
 from job.train.dataset import PadRows, TokenRows, join_rows
 from job.train.early_stopping import EarlyStopping
+from job.train.engine import callable_model, check_prepared, check_promises, prepare_engine
+from job.train.evaluate import evaluate_loss
+from job.train.gather import gather_trained
+from job.train.liger import check_liger_serves
 from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
-from job.train.trainer import StepMetrics, StreamTrainer, evaluate_loss, training_arguments
+from job.train.out_of_memory import no_smaller_step_helps
+from job.train.peak_memory import compare_with_estimate, measure_peak
+from job.train.trainer import StepMetrics, StreamTrainer, training_arguments
 
 
 def train(
@@ -36,10 +43,6 @@ def train(
     train_rows = TokenRows(inputs.train_tokens, np.load(folder.train_rows))
     eval_rows = TokenRows(inputs.eval_tokens or inputs.train_tokens, np.load(folder.eval_rows))
 
-    say("loading the base model")
-    arguments = training_arguments(plan, folder.root / "scratch")  # starts the process group
-    transformers.set_seed(plan.seed)  # the adapter starts from random numbers; the Trainer would seed only afterwards
-    model = load_model(plan, inputs.model_folder, vocabulary_size=inputs.vocabulary_size, new_tokens=inputs.new_tokens)
     metrics = StepMetrics(
         plan,
         folder.metrics,
@@ -49,62 +52,96 @@ def train(
         remember_step=remember_step,
     )
     collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
-    evaluate = partial(evaluate_loss, model, eval_rows, plan, collate, rank=rank)
-    stopping = _early_stopping(plan, model, evaluate, metrics)
-    trainer = StreamTrainer(
-        plan,
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        data_collator=collate,
-        callbacks=[metrics] if stopping is None else [metrics, stopping],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    _check_promises(plan, trainer)
-    check_logits_are_finite(model, plan, train_rows[0])
-    if plan.packing:
-        check_rows_stay_apart(model, train_rows[0], train_rows[-1])
 
-    result: dict[str, float | int] = {}
-    if plan.eval_rows:
-        # A fresh adapter adds nothing, so this is the base model's.
-        result["eval_loss_base"] = evaluate()
-        say("held-out loss of the base model: %.4f", result["eval_loss_base"])
-    say("training")
-    started_s = time.monotonic()
-    trained = trainer.train()
-    elapsed_s = time.monotonic() - started_s
-    metrics.check_not_exploded()
-    result |= {
-        "train_loss": trained.training_loss,
-        "steps": trained.global_step,
-        "tokens": metrics.tokens(trained.global_step),
-        "tokens_per_second": round(metrics.tokens(trained.global_step) / elapsed_s, 1),
-        "train_seconds": round(elapsed_s, 1),
-    }
+    say("loading the base model")
+    prepare_engine(plan)
+    arguments = training_arguments(plan, folder.root / "scratch")  # starts the process group
+    with no_smaller_step_helps():  # the Trainer moves the model to its device
+        model = _load(plan, inputs)
+        trainer = StreamTrainer(
+            plan, model=model, args=arguments, train_dataset=train_rows, data_collator=collate, callbacks=[metrics]
+        )
+    trainer.remove_callback(transformers.PrinterCallback)
+    check_promises(plan, trainer)
+    trainable, total = model.get_nb_trainable_parameters()
+    result: dict[str, float | int] = {"trainable_parameters": trainable, "total_parameters": total}
+
+    def evaluate() -> float:
+        return evaluate_loss(callable_model(plan, trainer), eval_rows, plan, collate, rank=rank)
+
+    def look_first() -> None:
+        check_prepared(plan, trainer.model_wrapped)
+        _prove(plan, callable_model(plan, trainer), train_rows)
+        if plan.eval_rows:
+            # A fresh adapter adds nothing, so this is the base model's.
+            result["eval_loss_base"] = evaluate()
+            say("held-out loss of the base model: %.4f", result["eval_loss_base"])
+        say("training")
+        metrics.start_clock()
+
+    gather = partial(gather_trained, model, plan.engine)
+    stopping = _early_stopping(plan, evaluate, gather, metrics)
     if stopping is not None:
-        stopping.restore_best()
-        result |= {"best_step": stopping.best_step, "stopped_early": stopping.stopped_early}
-    if plan.eval_rows:
-        result["eval_loss"] = evaluate()
-        say("held-out loss: %.4f before, %.4f after", result["eval_loss_base"], result["eval_loss"])
+        trainer.add_callback(stopping)
+    trainer.add_callback(_OnBegin(look_first))
+    trained = trainer.train()
+    result |= metrics.summarize(trained.global_step) | {"train_loss": trained.training_loss} | measure_peak(plan)
+    metrics.check_not_exploded()
     if trained.global_step != plan.steps and not (stopping is not None and stopping.stopped_early):
         raise InternalError(f"training ended after {trained.global_step} of {plan.steps} steps")
+
+    if stopping is not None:
+        result |= {"best_step": stopping.best_step, "stopped_early": stopping.stopped_early}
+    if plan.eval_rows:
+        result["eval_loss"] = evaluate() if stopping is None else stopping.best_loss
+        say("held-out loss: %.4f before, %.4f after", result["eval_loss_base"], result["eval_loss"])
+    weights = gather() if stopping is None else stopping.best_weights
+    save_adapter(model, weights, folder.adapter, rank=rank)
     if rank == 0:
-        save_adapter(model, folder.adapter)
+        compare_with_estimate(plan, int(result["peak_memory_bytes"]))
         write_whole(folder.result, json.dumps(result, allow_nan=False))
 
 
+def _load(plan: TrainPlan, inputs: WorkerInputs) -> PeftModel:
+    """Return the model with its adapter, and the loss as planned."""
+    model = load_model(plan, inputs.model_folder, vocabulary_size=inputs.vocabulary_size, new_tokens=inputs.new_tokens)
+    if plan.loss == "chunked":
+        chunk_loss(model, same_on_all_processes=plan.engine == "zero3")
+    elif plan.loss == "liger":
+        check_liger_serves(model)
+    return model
+
+
+class _OnBegin(transformers.TrainerCallback):  # type: ignore[misc]
+    """Acts once the engine has prepared the model, before the first step: an engine that splits weights splits them
+    only then, and nothing may run the bare model afterwards."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Act."""
+        self._act()
+
+
+def _prove(plan: TrainPlan, model: nn.Module, rows: TokenRows) -> None:
+    check_logits_are_finite(model, plan, rows[0])
+    if plan.packing:
+        check_rows_stay_apart(model, plan, rows[0], rows[-1])
+    if plan.loss == "chunked":
+        check_loss_can_be_chunked(model, plan, rows[0])
+
+
 def _early_stopping(
-    plan: TrainPlan, model: PeftModel, evaluate: Callable[[], float], metrics: StepMetrics
+    plan: TrainPlan, evaluate: Callable[[], float], gather: Callable[[], dict[str, torch.Tensor]], metrics: StepMetrics
 ) -> EarlyStopping | None:
     if plan.early_stopping_patience is None or plan.eval_interval_steps is None:
         return None
     return EarlyStopping(
-        model,
         interval_steps=plan.eval_interval_steps,
         patience=plan.early_stopping_patience,
         evaluate=evaluate,
+        gather=gather,
         record=metrics.record_evaluation,
     )
 
@@ -117,15 +154,3 @@ def _check_devices(plan: TrainPlan) -> None:
             hint="the driver may be too old for this PyTorch, or this PyTorch is built without CUDA",
         )
     torch.set_num_threads(plan.threads_per_process)
-
-
-def _check_promises(plan: TrainPlan, trainer: StreamTrainer) -> None:
-    """Compare what accelerate set up with the plan: several ways to ask for more processes give one, without a word."""
-    state = trainer.accelerator.state
-    several = DistributedType.MULTI_GPU if plan.device == "cuda" else DistributedType.MULTI_CPU
-    promised = (several if plan.processes > 1 else DistributedType.NO, plan.processes, plan.device)
-    actual = (state.distributed_type, state.num_processes, state.device.type)
-    if actual != promised:
-        raise InternalError(f"the plan promised (type, processes, device) {promised}, the run has {actual}")
-    if not trainer.model_accepts_loss_kwargs:
-        logger.warning("this architecture averages the loss by micro batch, so long answers weigh less than planned")

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import (
     Trainer,
@@ -23,11 +20,14 @@ from transformers import (
 from job.errors import DivergedError
 from job.log import logger
 from job.plan import TrainPlan
-from job.train.dataset import IGNORED, Collate, StreamSampler, TokenRows
+from job.support import uses_deepspeed
+from job.train.dataset import StreamSampler, TokenRows
+from job.train.liger import LIGER_KERNELS
 
 
 def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
     """Return the Trainer's arguments; those that stand here with a default's value do so because defaults change."""
+    is_distributed = plan.world_size > 1 or plan.engine != "ddp"
     return TrainingArguments(
         output_dir=str(scratch),
         max_steps=plan.steps,
@@ -42,13 +42,17 @@ def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
         optim=_optimizer_name(plan),
         bf16=plan.dtype == "bfloat16",  # on by default
         fp16=plan.dtype == "float16",
-        use_cpu=plan.device == "cpu",
+        # DeepSpeed finds the CPU by itself (DS_ACCELERATOR); with use_cpu, accelerate would run plain DDP in its place.
+        use_cpu=plan.device == "cpu" and not uses_deepspeed(plan.engine),
         gradient_checkpointing=plan.gradient_checkpointing,  # on by default
         gradient_checkpointing_kwargs={"use_reentrant": False},
         average_tokens_across_devices=True,  # every supervised token of the global batch weighs the same
-        ddp_backend=("nccl" if plan.device == "cuda" else "gloo") if plan.processes > 1 else None,
+        ddp_backend=("nccl" if plan.device == "cuda" else "gloo") if is_distributed else None,
         ddp_find_unused_parameters=False,
+        use_liger_kernel=plan.loss == "liger",
+        liger_kernel_config=LIGER_KERNELS if plan.loss == "liger" else None,
         remove_unused_columns=False,
+        dataloader_pin_memory=plan.device == "cuda",
         dataloader_num_workers=0,  # rows are memory-mapped and joined in microseconds
         logging_strategy="steps",
         logging_steps=plan.logging_steps,
@@ -123,13 +127,19 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         self._losses: list[float] = []
         self._logged_step = 0
 
-    def tokens(self, step: int) -> int:
-        """Return the tokens that all processes have learned from up to a step."""
-        return int(self._tokens_by_step[step - 1])
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
+    def start_clock(self) -> None:
+        """Say that the first step begins."""
         self._started_s = time.monotonic()
+
+    def summarize(self, steps: int) -> dict[str, float | int]:
+        """Return how much was learned from in so many steps, by all processes, and how fast."""
+        tokens, elapsed_s = self._tokens(steps), self._elapsed_s()
+        return {
+            "steps": steps,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / elapsed_s, 1),
+            "train_seconds": round(elapsed_s, 1),
+        }
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Remember the step, for the outcome."""
@@ -150,8 +160,8 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:  # the summary at the end
             return
         step, loss, grad_norm = state.global_step, float(logs["loss"]), float(logs["grad_norm"])
-        elapsed_s = time.monotonic() - self._started_s
-        tokens = self.tokens(step)
+        elapsed_s = self._elapsed_s()
+        tokens = self._tokens(step)
         if self._is_writer:
             self._write(step, loss, grad_norm, float(logs["learning_rate"]), tokens, elapsed_s)
         self._losses.append(loss)
@@ -184,6 +194,12 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
                 f"the loss rose from {self._losses[0]:.2f} at the first step to {self._losses[-1]:.2f} at the last",
                 hint=self._hint(),
             )
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def _tokens(self, step: int) -> int:
+        return int(self._tokens_by_step[step - 1])
 
     def _describe_rows(self, after_step: int, step: int) -> str:
         return self._rows.describe(_order_by_step(self._plan)[after_step:step].ravel(), self._names)
@@ -221,30 +237,3 @@ class StepMetrics(TrainerCallback):  # type: ignore[misc]
         finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
-
-
-@torch.no_grad()
-def evaluate_loss(model: PeftModel, rows: TokenRows, plan: TrainPlan, collate: Collate, *, rank: int) -> float:
-    """Return the mean loss per supervised token over the rows, in nats, shared among the processes.
-
-    Each process must call it; all get the same number.
-    """
-    device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-    was_training = model.training
-    model.eval()
-    mine = range(rank, len(rows), plan.processes)
-    for start in range(0, len(mine), plan.micro_batch_size):
-        batch = collate([rows[index] for index in mine[start : start + plan.micro_batch_size]])
-        labels = batch.pop("labels").to(device)[:, 1:]  # (B, T - 1)
-        with torch.autocast(device.type, dtype=getattr(torch, plan.dtype), enabled=plan.dtype != "float32"):
-            logits = model(**{name: values.to(device) for name, values in batch.items()}).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
-        )
-        sums += torch.tensor([loss.item(), (labels != IGNORED).sum().item()], dtype=torch.float64)
-    model.train(was_training)
-    if plan.processes > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()

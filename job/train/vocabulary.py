@@ -6,13 +6,14 @@ it: `AutoPeftModelForCausalLM.from_pretrained(folder)` does, by the tokenizer be
 rows doesn't matter, for the adapter replaces every row that was added. A tokenizer that fits needs nothing of this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from job.handover import NewTokenInput
+from job.train.gather import held_whole
 
 
 @torch.no_grad()
@@ -22,20 +23,25 @@ def add_new_tokens(base: PreTrainedModel, vocabulary_size: int, new_tokens: Sequ
     A new token starts as the mean of its pieces, in the embeddings and in the head: as close to what its text meant
     before as one row can be. A row that is added for an id of which nothing is known starts as the mean of all rows.
     """
-    known_rows = base.get_input_embeddings().get_parameter("weight").shape[0]
+    embeddings = base.get_input_embeddings().get_parameter("weight")
+    with held_whole([embeddings]):
+        known_rows = embeddings.shape[0]
     if vocabulary_size > known_rows:
         base.resize_token_embeddings(vocabulary_size, mean_resizing=False)  # the rows are filled below
     pieces: dict[int, Sequence[int]] = {row: [] for row in range(known_rows, vocabulary_size)}
     pieces |= {token.id: token.piece_ids for token in new_tokens}
     matrices = {module.get_parameter("weight") for module in find_embeddings(base).values()}  # one, if tied
-    for matrix in matrices:
-        known = matrix[:known_rows]  # (V, D)
-        starts = [
-            known[list(piece_ids) or slice(None)].mean(dim=0, dtype=torch.float32) for piece_ids in pieces.values()
-        ]
-        for row, start in zip(pieces, starts, strict=True):  # written when all are read: a spare row is known, too
-            matrix[row] = start
+    for matrix in matrices if pieces else ():
+        with held_whole([matrix], to_write=True):
+            _start_rows(matrix, pieces, known_rows)
     return sorted(pieces)
+
+
+def _start_rows(matrix: torch.Tensor, pieces: Mapping[int, Sequence[int]], known_rows: int) -> None:
+    known = matrix[:known_rows]  # (V, D)
+    starts = [known[list(piece_ids) or slice(None)].mean(dim=0, dtype=torch.float32) for piece_ids in pieces.values()]
+    for row, start in zip(pieces, starts, strict=True):  # written when all are read: a spare row is known, too
+        matrix[row] = start
 
 
 def find_embeddings(base: PreTrainedModel) -> dict[str, nn.Module]:

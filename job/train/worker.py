@@ -3,6 +3,7 @@
 It reads the plan from the folder, checks that it runs the way the plan says, trains, and writes how it ended to a file.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,22 +40,40 @@ def main(folder: RunFolder, job_pid: int) -> int:
         nonlocal step
         step = finished
 
-    code, message, hint = OK.code, "", ""
-    # Names that transformers 5 deprecates are the only ones that all of its versions in our range know.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
+    def train_as_planned() -> None:
         from job.train.run import train  # torch and transformers, seconds
 
         plan = TrainPlan.model_validate_json(folder.plan.read_bytes())
         train(plan, inputs, folder, rank=rank, remember_step=remember_step)
+
+    outcome = carry_out(train_as_planned, rank=rank).model_copy(update={"step": step})
+    write_whole(folder.outcome(rank), outcome.model_dump_json())
+    return outcome.code
+
+
+def carry_out(action: Callable[[], None], *, rank: int) -> WorkerOutcome:
+    """Carry out what this process was started for, and return how it ended, whatever happens."""
+    code, message, hint, out_of_memory = OK.code, "", "", False
+    _mute_libraries()
+    try:
+        action()
     except JobError as error:
         code, message, hint = error.exit_code.code, error.message, error.hint
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must learn of it
-        code, message, hint = _explain(error)
+        code, message, hint, out_of_memory = _explain(error)
         logger.error("%s", redact(traceback.format_exc()))
-    outcome = WorkerOutcome(rank=rank, code=code, message=message, hint=hint, step=step, time_s=time.time())
-    write_whole(folder.outcome(rank), outcome.model_dump_json())
-    return code
+    return WorkerOutcome(
+        rank=rank, code=code, message=message, hint=hint, step=0, time_s=time.time(), out_of_memory=out_of_memory
+    )
+
+
+def _mute_libraries() -> None:
+    """Leave out what libraries warn of that nobody can change."""
+    # Names that transformers 5 deprecates are the only ones that all of its versions in our range know.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    # It has a line for every layer and step, since LLM.int8 computes in float16, and asks for a package of kernels.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _leave_word_on_sigterm(folder: RunFolder, rank: int) -> None:
@@ -89,23 +109,22 @@ def _redirect_output(folder: RunFolder, rank: int) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _explain(error: Exception) -> tuple[int, str, str]:
-    """Return code, message and hint for an error that no one foresaw by name."""
-    import torch
+def _explain(error: Exception) -> tuple[int, str, str, bool]:
+    """Return code, message, hint and whether smaller steps may do, for an error that no one foresaw by name."""
     import torch.distributed as dist
 
+    from job.train.out_of_memory import describe_shortage
+
+    shortage = describe_shortage(error)
+    if shortage is not None:
+        return RESOURCES.code, shortage, "", True  # the job knows the remedies
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    smaller = "lower SFT_TRAIN__MICRO_BATCH_SIZE or SFT_DATA__MAX_LENGTH, or set SFT_TRAIN__GRADIENT_CHECKPOINTING=true"
-    if isinstance(error, torch.OutOfMemoryError):
-        return RESOURCES.code, f"out of GPU memory: {text}", smaller
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return RESOURCES.code, f"out of host memory: {text}", smaller
     if isinstance(error, OSError) and error.errno == 28:
-        return RESOURCES.code, f"no space left on the disk: {text}", "give SFT_RUNTIME__WORK_DIR more room"
+        return RESOURCES.code, f"no space left on the disk: {text}", "give SFT_RUNTIME__WORK_DIR more room", False
     # gloo raises plain RuntimeErrors
     if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
-        return UNAVAILABLE.code, f"another worker is out of reach: {text}", "see why it ended, above"
-    return INTERNAL.code, f"{type(error).__name__}: {text}", "please report it, with the traceback above"
+        return UNAVAILABLE.code, f"another worker is out of reach: {text}", "see why it ended, above", False
+    return INTERNAL.code, f"{type(error).__name__}: {text}", "please report it, with the traceback above", False
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`sft-job check` and `sft-job schema`, and inputs from the Hub's stand-in, all through the command line."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,20 @@ def test_check_prints_the_plan_and_leaves_no_trace(
     assert sorted(path.name for path in (tmp_path / "work" / "run").iterdir()) == ["plan.json", "xray.json"]
     keys = [item["Key"] for item in s3_client.list_objects_v2(Bucket=bucket)["Contents"]]
     assert keys == ["data/train.jsonl"]
+
+
+def test_a_base_model_whose_weights_are_quantised_in_another_way_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    configuration = json.loads((model / "config.json").read_text())
+    configuration["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(configuration))
+    environment = job_environment(
+        tmp_path, MODEL__ID=model, DATA__URI=SHOP / "train.jsonl", OUTPUT__URI=tmp_path / "slot"
+    )
+    ended = run_job(environment, "check")
+    assert ended.code == 78, ended.output
+    assert f"SFT_MODEL__ID={model}: its weights are stored quantised (gptq)" in ended.outcome["message"]
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +154,11 @@ def test_schema_describes_every_setting(tmp_path: Path) -> None:
 
 
 def find_leaves(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each field of each group with its schema."""
+    """Yield each field of each group, and each setting that stands alone, with its schema."""
     for group, reference in schema["properties"].items():
+        if "$ref" not in reference:
+            yield group, {"leaf": reference, "is_required": group in schema.get("required", [])}
+            continue
         definition = schema["$defs"][reference["$ref"].rsplit("/", 1)[1]]
         assert definition["additionalProperties"] is False
         for field, leaf in definition["properties"].items():

@@ -13,8 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from itertools import pairwise
+from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 from types import TracebackType
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import pytest
-from job_cli import SHOP, TIMEOUT_S, job_environment, start_job
+from job_cli import SHOP, TIMEOUT_S, job_environment
+from running_job import RunningJob, is_alive
 from seaweed import SeaweedFS
 
 if TYPE_CHECKING:
@@ -30,93 +30,6 @@ if TYPE_CHECKING:
 
 GONE_WITHIN_S = 30.0  # what Kubernetes grants between SIGTERM and SIGKILL
 PHASES = ("reading the inputs", "tokenizing", "fetching the base model", "training", "publishing")
-
-
-class RunningJob:
-    """A job whose output is read while it runs; whatever is left of it ends with the `with` block."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.log = Path(environment["SFT_RUNTIME__TERMINATION_LOG"])
-        self.work_dir = environment["SFT_RUNTIME__WORK_DIR"]
-        self.process = start_job(environment)
-        self.output = ""
-        self._ended = False
-        self._grown = threading.Condition()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        started = [*self.descendants(), *self.strays()]
-        self.process.kill()
-        for process in [*started, *self.strays()]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-        self._reader.join()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._grown:
-                self.output += line
-                self._grown.notify_all()
-        with self._grown:
-            self._ended = True
-            self._grown.notify_all()
-
-    def wait_for(self, text: str) -> None:
-        """Wait until the job has said this."""
-        with self._grown:
-            self._grown.wait_for(lambda: text in self.output or self._ended, timeout=TIMEOUT_S)
-            assert text in self.output, self.output
-
-    def descendants(self) -> list[psutil.Process]:
-        """Return all processes below the job, each known by its id and the time at which it was created."""
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-
-    def strays(self) -> list[psutil.Process]:
-        """Return launchers and workers of this job, whoever their parent is now."""
-        return [
-            process for process in psutil.process_iter() if any(self.work_dir in word for word in words_of(process))
-        ]
-
-    def worker(self, rank: int) -> psutil.Process:
-        """Return the worker process of a rank."""
-        workers = [process for process in self.descendants() if is_module(process, "job.train.worker")]
-        return next(process for process in workers if process.environ()["RANK"] == str(rank))
-
-    def launcher(self) -> psutil.Process:
-        """Return the process of `accelerate launch`."""
-        return next(process for process in self.descendants() if is_module(process, "accelerate.commands.launch"))
-
-
-def words_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return []
-
-
-def is_module(process: psutil.Process, module: str) -> bool:
-    words = words_of(process)
-    return ("-m", module) in pairwise(words)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def kill(job: RunningJob, victim: int, number: signal.Signals, *, expected_code: int) -> dict[str, Any]:
@@ -238,18 +151,23 @@ def test_parent_while_workers_start(on_disk: dict[str, str], number: signal.Sign
         kill_parent(job, number, phase="training")
 
 
-@pytest.mark.parametrize(("number", "processes"), [(SIGTERM, 2), (SIGKILL, 2), (SIGINT, 1)])
-def test_parent_while_training(on_disk: dict[str, str], number: signal.Signals, processes: int) -> None:
-    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": str(processes)}) as job:
+@pytest.mark.parametrize(
+    ("number", "processes", "engine"),
+    [(SIGTERM, 2, "ddp"), (SIGKILL, 2, "ddp"), (SIGINT, 1, "ddp"), (SIGTERM, 2, "zero3"), (SIGKILL, 1, "zero2")],
+)
+def test_parent_while_training(on_disk: dict[str, str], number: signal.Signals, processes: int, engine: str) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": str(processes), "SFT_PARALLEL__ENGINE": engine}) as job:
         job.wait_for("step 1/")
         assert len(job.descendants()) == 1 + processes
         kill_parent(job, number, phase="training")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [SIGTERM, SIGKILL])
-def test_worker(on_disk: dict[str, str], rank: int, number: signal.Signals) -> None:
-    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": "2"}) as job:
+@pytest.mark.parametrize(
+    ("number", "rank", "engine"),
+    [(SIGTERM, 0, "ddp"), (SIGTERM, 1, "ddp"), (SIGKILL, 0, "ddp"), (SIGKILL, 1, "ddp"), (SIGKILL, 0, "zero3")],
+)
+def test_worker(on_disk: dict[str, str], rank: int, number: signal.Signals, engine: str) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": "2", "SFT_PARALLEL__ENGINE": engine}) as job:
         job.wait_for("step 1/")
         outcome = kill(job, job.worker(rank).pid, number, expected_code=70)
     assert f"worker {rank} of 2 " in outcome["message"]

@@ -348,3 +348,106 @@ def test_tiny_data_presets_train(tiny_model: Path, tmp_path: Path) -> None:
     assert run.plan["sources"]["epochs"] == "SFT_TRAIN__EPOCHS"  # it wins over the preset
     assert [event["step"] for event in run.steps] == list(range(1, run.plan["steps"] + 1))
     assert run.metrics["eval_loss"] < run.metrics["eval_loss_base"]
+
+
+# -- int8-lora, qlora-support-bot --------------------------------------------------------------------------------------
+
+
+def check_trainable_summary(run: Published, *, by_layer: int) -> None:
+    """Compare what log and card say with a count of our own: two layers, `by_layer` numbers in each."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(run.plan["model_id"])
+    total = sum(weight.numel() for weight in base.parameters()) + 2 * by_layer
+    assert (run.metrics["trainable_parameters"], run.metrics["total_parameters"]) == (2 * by_layer, total)
+    assert f"adapter: {2 * by_layer:,} of {total:,} parameters are trained" in run.output
+    assert f"| trained parameters | {2 * by_layer:,} of {total:,} |" in (run.slot / "README.md").read_text()
+
+
+def check_losses_fall(run: Published) -> None:
+    third = len(run.steps) // 3
+    assert sum(event["loss"] for event in run.steps[:third]) > sum(event["loss"] for event in run.steps[-third:])
+    assert run.metrics["eval_loss"] < run.metrics["eval_loss_base"]
+
+
+def test_int8_lora(tiny_model: Path, tmp_path: Path) -> None:
+    rows = read_rows(SAMPLES / "int8-lora.jsonl")
+    evaluation = write_rows(tmp_path / "eval.jsonl", rows[:6])
+    run = run_recipe(
+        "int8-lora",
+        tmp_path,
+        tiny_model,
+        SAMPLES / "int8-lora.jsonl",
+        DATA__EVAL_URI=evaluation,
+        TRAIN__MAX_STEPS=6,
+        TRAIN__LEARNING_RATE=1e-2,  # of a model that knows nothing
+    )
+    assert (run.plan["quantization"], run.plan["sources"]["quantization"]) == ("int8", "SFT_QUANTIZATION")
+    assert run.plan["target_modules"] == ["q_proj", "v_proj"]
+    assert any("quantization int8" in warning for warning in run.plan["warnings"])  # it is slow on a CPU
+    check_losses_fall(run)
+    check_trainable_summary(run, by_layer=16 * (64 + 64) + 16 * (64 + 32))
+    config = json.loads((run.slot / "adapter_config.json").read_text())
+    assert (config["r"], config["bias"], config["base_model_name_or_path"]) == (16, "none", str(tiny_model))
+    assert "in 8 bits (LLM.int8)" in (run.slot / "README.md").read_text()
+    model, tokenizer = load_as_the_card_says(run)  # the base model as it was published
+    texts = [tokenizer(row["text"] + tokenizer.eos_token, return_tensors="pt")["input_ids"] for row in rows[:6]]
+    losses = [model(ids, labels=ids).loss.item() for ids in texts]
+    weights = [ids.shape[1] - 1 for ids in texts]
+    loss = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+    assert loss == pytest.approx(run.metrics["eval_loss"], abs=0.01)
+    assert loss < run.metrics["eval_loss_base"] - 0.05
+
+
+def test_qlora_support_bot(tiny_model: Path, tmp_path: Path) -> None:
+    rows = read_rows(SAMPLES / "qlora-support-bot.jsonl")
+    run = run_recipe(
+        "qlora-support-bot",
+        tmp_path,
+        tiny_model,
+        SAMPLES / "qlora-support-bot.jsonl",
+        DATA__EVAL_FRACTION=0.25,
+        TRAIN__LEARNING_RATE=1e-2,  # of a model that knows nothing
+    )
+    assert [supervised for _, supervised in run.decode_rows()] == [row["output"] + END for row in rows]
+    assert (run.plan["quantization"], run.plan["lora_r"], run.plan["lora_alpha"]) == ("nf4", 16, 32)
+    assert set(run.plan["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert (run.plan["micro_batch_size"], run.plan["gradient_accumulation_steps"]) == (1, 4)
+    assert run.plan["steps"] == math.ceil(3 * run.plan["train_rows"] / 4)
+    check_losses_fall(run)
+    check_trainable_summary(run, by_layer=16 * 2 * (64 + 64) + 16 * 2 * (64 + 32))
+    assert "in 4 bits (NF4, double quantisation)" in (run.slot / "README.md").read_text()
+    model, tokenizer = load_as_the_card_says(run)  # the base model as it was published
+    for row in rows[:3]:
+        after = answer(model, tokenizer, row["instruction"])
+        with model.disable_adapter():
+            assert answer(model, tokenizer, row["instruction"]) != after
+
+
+def answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    text: str = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
+    return text
+
+
+# -- merge -------------------------------------------------------------------------------------------------------------
+
+
+def test_merge(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run = run_recipe(
+        "merge", tmp_path, tiny_model, SAMPLES / "qa-small.jsonl", TRAIN__MAX_STEPS=5, TRAIN__LEARNING_RATE=1e-2
+    )
+    adapted, tokenizer = load_as_the_card_says(run)
+    merged = AutoModelForCausalLM.from_pretrained(run.slot / "merged")
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    ids = tokenizer("How long may I keep a borrowed book?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(ids).logits, expected, atol=0.05)

@@ -8,10 +8,26 @@ from typing import Any
 import pytest
 
 from job.hardware import Gpu, Hardware
+from job.memory.model_shape import ModelShape, read_model_shape
 from job.parallel import plan_parallel
 from job.plan import DataFacts, TrainPlan, make_plan
 from job.settings import Settings, load_settings
 
+# SmolLM2-135M's
+SMALL_SHAPE = read_model_shape(
+    {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+    stored_bytes=269_060_552,
+)
 REQUIRED = {"MODEL__ID": "org/model", "DATA__URI": "/data/train.jsonl", "OUTPUT__URI": "/out"}
 
 
@@ -43,11 +59,25 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
 def machine() -> Callable[..., Hardware]:
     """A machine with some GPUs of one kind, or none."""
 
-    def make(*, gpus: int = 0, capability: tuple[int, int] = (9, 0), cores: int = 8, amx: bool = False) -> Hardware:
-        gpu = Gpu(name="Test GPU", memory_bytes=80 * 2**30, compute_capability=capability)
-        return Hardware((gpu,) * gpus, "Test CPU", cores, amx, 64 * 2**30)
+    def make(
+        *,
+        gpus: int = 0,
+        capability: tuple[int, int] = (9, 0),
+        gpu_gib: float = 80,
+        cores: int = 8,
+        amx: bool = False,
+        host_gib: float = 64,
+    ) -> Hardware:
+        gpu = Gpu(name="Test GPU", memory_bytes=int(gpu_gib * 2**30), compute_capability=capability)
+        return Hardware((gpu,) * gpus, "Test CPU", cores, amx, int(host_gib * 2**30))
 
     return make
+
+
+@pytest.fixture
+def small_shape() -> ModelShape:
+    """The shape of the base model that `facts` is about."""
+    return SMALL_SHAPE
 
 
 @pytest.fixture
@@ -58,6 +88,7 @@ def facts() -> Callable[..., DataFacts]:
         values: dict[str, Any] = {
             "model_revision": "abc123",
             "model_type": "llama",
+            "shape": SMALL_SHAPE,
             "chat_template": "the tokenizer's own",
             "max_length_tokens": 512,
             "max_length_source": "auto",

@@ -35,27 +35,26 @@ def plan(plan_for: PlanFor) -> PlanFor:
 
 
 def watch(losses: Iterable[float], *, steps: int, interval: int = 1, patience: int = 2) -> tuple[EarlyStopping, Any]:
-    """Let it see these held-out losses, one an evaluation; return it with the weight of its model and the control."""
-    model: Any = torch.nn.Linear(1, 1, bias=False)
+    """Let it see these held-out losses, one each time; return it with what it saw, the weight it kept, the control."""
+    weight = torch.zeros(1)
     remaining, seen = iter(losses), []
     stopping = EarlyStopping(
-        model,
         interval_steps=interval,
         patience=patience,
         evaluate=lambda: next(remaining),
+        gather=lambda: {"weight": weight.clone()},
         record=lambda step, loss: seen.append((step, loss)),
     )
     state, control = TrainerState(max_steps=steps), TrainerControl()
     arguments: Any = None
     for step in range(1, steps + 1):
         state.global_step = step
-        with torch.no_grad():
-            model.weight.fill_(float(step))
+        weight.fill_(float(step))
         stopping.on_step_end(arguments, state, control)
         if control.should_training_stop:
             break
-    stopping.restore_best()
-    return stopping, (seen, model.weight.item(), control)
+    assert stopping.best_loss == min(loss for _, loss in seen)
+    return stopping, (seen, stopping.best_weights["weight"].item(), control)
 
 
 def test_it_stops_when_the_loss_has_not_fallen_and_the_best_remains() -> None:

@@ -11,8 +11,9 @@ MODULES = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "j
 MAX_LINES = 320
 READS_ENVIRONMENT = {
     "job/hardware.py",  # CUDA_VISIBLE_DEVICES
-    "job/launch.py",  # what workers inherit
+    "job/launch_command.py",  # what workers inherit
     "job/log.py",  # values to redact
+    "job/nodes/node.py",  # JOB_COMPLETION_INDEX
     "job/settings.py",
     "job/train/worker.py",  # RANK
 }

@@ -1,12 +1,14 @@
 """What the workers are started with: the plan's processes, the chosen GPUs, and nothing they must not see."""
 
+import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from job.handover import RunFolder
-from job.launch import _launch_command, _worker_environment
+from job.launch_command import Rendezvous, launch_command, worker_environment
 from job.log import SECRET_VARIABLES
 from job.plan import TrainPlan
 
@@ -17,10 +19,11 @@ def test_workers_get_no_credentials_and_no_other_launchers_rendezvous(
     plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = (*SECRET_VARIABLES, "RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RUN_ID")
+    foreign += ("PET_NNODES",)  # which torchrun reads as --nnodes
     for name in foreign:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    environment = _worker_environment(plan_for())
+    environment = worker_environment(plan_for())
     assert not set(foreign) & set(environment)
     assert environment["NCCL_DEBUG"] == "INFO"
 
@@ -36,22 +39,79 @@ def test_workers_see_as_many_gpus_as_there_are_processes(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _worker_environment(plan)["CUDA_VISIBLE_DEVICES"] == expected
+    assert worker_environment(plan)["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_workers_on_a_cpu_see_no_gpu(plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert _worker_environment(plan_for())["CUDA_VISIBLE_DEVICES"] == ""
+    assert worker_environment(plan_for())["CUDA_VISIBLE_DEVICES"] == ""
 
 
-@pytest.mark.parametrize(("processes", "engine"), [(1, "single.yaml"), (2, "ddp.yaml")])
+@pytest.mark.parametrize(
+    ("engine", "processes", "offload", "configuration", "deepspeed"),
+    [
+        ("ddp", 1, False, "single.yaml", None),
+        ("ddp", 2, False, "ddp.yaml", None),
+        ("zero2", 1, False, "zero2.yaml", "zero2.json"),
+        ("zero3", 2, False, "zero3.yaml", "zero3.json"),
+        ("zero3", 2, True, "zero3.yaml", "zero3_offload.json"),
+        ("fsdp2", 1, False, "fsdp2.yaml", None),
+    ],
+)
 def test_the_launcher_reads_our_configuration_and_no_other(
-    plan_for: PlanFor, tmp_path: Path, processes: int, engine: str
+    plan_for: PlanFor,
+    tmp_path: Path,
+    engine: str,
+    processes: int,
+    offload: bool,
+    configuration: str,
+    deepspeed: str | None,
 ) -> None:
-    plan = plan_for().model_copy(update={"processes": processes})
-    command = _launch_command(plan, RunFolder(tmp_path))
-    configuration = Path(command[command.index("--config_file") + 1])
-    assert configuration.name == engine
-    assert configuration.is_file()
-    assert command[command.index("--num_processes") + 1] == str(processes)
-    assert command[command.index("--module") + 1] == "job.train.worker"
+    plan = plan_for().model_copy(update={"processes": processes, "engine": engine, "offload": offload})
+    command = launch_command(plan, RunFolder(tmp_path))
+    options = dict(pairwise(command))
+    assert Path(options["--config_file"]).name == configuration
+    assert Path(options["--config_file"]).is_file()
+    assert options["--num_processes"] == str(processes)
+    assert options["--module"] == "job.train.worker"
+    if deepspeed is None:
+        assert "--deepspeed_config_file" not in options
+        return
+    assert Path(options["--deepspeed_config_file"]).name == deepspeed
+    zero = json.loads(Path(options["--deepspeed_config_file"]).read_text())["zero_optimization"]
+    assert zero["stage"] == int(engine[-1])
+    assert ("offload_param" in zero) == offload
+
+
+def test_the_workers_of_several_nodes_meet_at_node_0(plan_for: PlanFor, tmp_path: Path) -> None:
+    plan = plan_for().model_copy(update={"nodes": 3, "processes": 2})
+    command = launch_command(plan, RunFolder(tmp_path), Rendezvous(1, "10.0.0.5", 4321, "eth7"))
+    options = {
+        "--num_processes": "6",  # on all nodes
+        "--num_machines": "3",
+        "--machine_rank": "1",
+        "--main_process_ip": "10.0.0.5",
+        "--main_process_port": "4321",
+        "--rdzv_backend": "static",
+    }
+    assert {name: command[command.index(name) + 1] for name in options} == options
+    ipv6 = launch_command(plan, RunFolder(tmp_path), Rendezvous(1, "fd00::5", 4321, "eth7"))
+    assert "[fd00::5]" in ipv6
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_deepspeed_starts_its_nodes_by_torchrun(plan_for: PlanFor, tmp_path: Path, engine: str) -> None:
+    plan = plan_for().model_copy(update={"nodes": 2, "engine": engine})
+    command = launch_command(plan, RunFolder(tmp_path), Rendezvous(0, "10.0.0.5", 4321, "eth7"))
+    assert command[command.index("--deepspeed_multinode_launcher") + 1] == "standard"
+
+
+def test_workers_talk_through_the_interface_that_leads_to_the_others(
+    plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    plan = plan_for().model_copy(update={"nodes": 2})
+    environment = worker_environment(plan, Rendezvous(0, "10.0.0.5", 4321, "eth7"))
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("eth7", "ib0")
+    assert worker_environment(plan_for())["GLOO_SOCKET_IFNAME"] == "lo"

@@ -12,7 +12,8 @@ from job.hardware import Hardware
 from job.manifest import DataFile, make_manifest, make_run_id
 from job.plan import TrainPlan
 from job.presets import load_presets
-from job.settings import Settings
+from job.settings import Settings, settings_groups
+from job.settings_problems import setting_names
 
 Load = Callable[..., Settings]
 
@@ -49,6 +50,9 @@ CHANGES = {
     "LORA__DROPOUT": "0",
     "LORA__TARGET_MODULES": "q_proj",
     "LORA__MODULES_TO_SAVE": "embed_tokens",
+    "LORA__RSLORA": "true",
+    "LORA__DORA": "true",
+    "QUANTIZATION": "nf4",
     "TRAIN__EPOCHS": "1",
     "TRAIN__MAX_STEPS": "5",
     "TRAIN__LEARNING_RATE": "1e-5",
@@ -72,10 +76,18 @@ KEEPS = {
     "TRAIN__MICRO_BATCH_SIZE": "2",
     "TRAIN__GRADIENT_CHECKPOINTING": "true",
     "TRAIN__LOGGING_STEPS": "1",
+    "TRAIN__LOSS": "chunked",
     "PARALLEL__ENGINE": "ddp",
+    "PARALLEL__OFFLOAD": "true",
     "PARALLEL__PROCESSES": "2",
+    "PARALLEL__NODES": "2",
+    "PARALLEL__NODE_RANK": "1",
+    "PARALLEL__HOST": "node-0",
+    "PARALLEL__PORT": "1234",
+    "PARALLEL__WAIT_MINUTES": "1",
     "OUTPUT__URI": "s3://elsewhere/out",
     "OUTPUT__OVERWRITE": "true",
+    "OUTPUT__MERGE": "true",
     "RUNTIME__WORK_DIR": "/elsewhere",
     "RUNTIME__LOG_FORMAT": "json",
     "RUNTIME__LOG_LEVEL": "debug",
@@ -84,10 +96,8 @@ KEEPS = {
 
 
 def test_every_setting_is_decided_on() -> None:
-    schema = Settings.model_json_schema()
-    groups = {group: schema["$defs"][ref["$ref"].rsplit("/", 1)[-1]] for group, ref in schema["properties"].items()}
-    every = {f"{group}__{field}".upper() for group, about in groups.items() for field in about["properties"]}
-    assert set(CHANGES) | set(KEEPS) == every
+    every = {f"SFT_{name}" for name in (*CHANGES, *KEEPS)}
+    assert every == set(setting_names(settings_groups()))
 
 
 @pytest.mark.parametrize("name", CHANGES)

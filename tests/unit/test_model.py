@@ -17,8 +17,10 @@ from job.errors import ConfigError, DivergedError, InternalError, NotFoundError
 from job.plan import TrainPlan
 from job.train.adapter import save_adapter
 from job.train.dataset import IGNORED, PadRows, Row, join_rows
+from job.train.evaluate import evaluate_loss
+from job.train.gather import gather_trained
 from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
-from job.train.trainer import evaluate_loss, has_exploded, training_arguments
+from job.train.trainer import has_exploded, training_arguments
 
 PlanFor = Callable[..., TrainPlan]
 
@@ -68,19 +70,19 @@ class IgnoresPositions(SeesItsNeighbours):
 
 
 @pytest.mark.parametrize("lengths", [(20, 30), (5, 200), (3, 2)])
-def test_a_llama_keeps_rows_apart(model: PeftModel, lengths: tuple[int, int]) -> None:
+def test_a_llama_keeps_rows_apart(model: PeftModel, plan: TrainPlan, lengths: tuple[int, int]) -> None:
     model.train()
-    check_rows_stay_apart(model, *make_rows(*lengths))
+    check_rows_stay_apart(model, plan, *make_rows(*lengths))
     assert model.training
 
 
 @pytest.mark.parametrize("leaky", [SeesItsNeighbours, IgnoresPositions])
 @pytest.mark.parametrize("lengths", [(20, 30), (5, 200), (3, 2)])
 def test_a_model_that_does_not_is_refused(
-    model: PeftModel, leaky: type[SeesItsNeighbours], lengths: tuple[int, int]
+    model: PeftModel, plan: TrainPlan, leaky: type[SeesItsNeighbours], lengths: tuple[int, int]
 ) -> None:
     with pytest.raises(ConfigError, match="SFT_TRAIN__PACKING=true: joined rows see each other"):
-        check_rows_stay_apart(leaky(model), *make_rows(*lengths))
+        check_rows_stay_apart(leaky(model), plan, *make_rows(*lengths))
 
 
 def test_the_loss_is_the_same_joined_padded_and_alone(model: PeftModel, plan: TrainPlan) -> None:
@@ -140,7 +142,7 @@ def test_an_adapter_that_learned_is_saved_and_comes_back(
     model: PeftModel, plan: TrainPlan, tiny_model: Path, tmp_path: Path
 ) -> None:
     learn(model, 0.5)
-    save_adapter(model, tmp_path)
+    save_adapter(model, gather_trained(model, "ddp"), tmp_path, rank=0)
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in tmp_path.iterdir()}
     base = load_fitting(plan, tiny_model).unload()
     again = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -150,7 +152,7 @@ def test_an_adapter_that_learned_is_saved_and_comes_back(
 
 def test_an_untouched_adapter_is_not_saved(model: PeftModel, tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="unchanged"):
-        save_adapter(model, tmp_path)
+        save_adapter(model, gather_trained(model, "ddp"), tmp_path, rank=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,7 +160,7 @@ def test_an_untouched_adapter_is_not_saved(model: PeftModel, tmp_path: Path) -> 
 def test_a_broken_adapter_is_not_saved(model: PeftModel, tmp_path: Path, value: float) -> None:
     learn(model, value)
     with pytest.raises(DivergedError, match=r"1 of 28 adapter weights .*lora_B"):
-        save_adapter(model, tmp_path)
+        save_adapter(model, gather_trained(model, "ddp"), tmp_path, rank=0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from job.errors import ConfigError, DivergedError, InternalError
 from job.handover import NewTokenInput
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter, save_adapter
+from job.train.gather import gather_trained
 
 PlanFor = Callable[..., TrainPlan]
 ADDED = [NewTokenInput(id=100, piece_ids=[11, 12, 13]), NewTokenInput(id=101, piece_ids=[20])]
@@ -167,7 +168,7 @@ def test_a_part_that_learned_nothing_is_not_saved(plan: PlanFor, tmp_path: Path,
     learn(model, "lora_B")
     learn(model, part)
     with pytest.raises(InternalError, match=message):
-        save_adapter(model, tmp_path / "adapter")
+        save_adapter(model, gather_trained(model, "ddp"), tmp_path / "adapter", rank=0)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -178,7 +179,7 @@ def test_a_broken_part_is_not_saved(plan: PlanFor, tmp_path: Path, part: str) ->
     learn(model, "")
     learn(model, part, float("nan"))
     with pytest.raises(DivergedError, match=f"1 of 30 adapter weights .*{part}"):
-        save_adapter(model, tmp_path / "adapter")
+        save_adapter(model, gather_trained(model, "ddp"), tmp_path / "adapter", rank=0)
 
 
 def test_a_head_with_a_bias_cannot_be_trained_by_row(plan: PlanFor, tmp_path: Path) -> None:

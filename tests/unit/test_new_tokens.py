@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from job.errors import ConfigError
 from job.handover import NewTokenInput
 from job.plan import TrainPlan
+from job.train.adapter import add_adapter
 from job.train.vocabulary import add_new_tokens
 
 PlanFor = Callable[..., TrainPlan]
@@ -135,3 +136,14 @@ def test_lora_on_a_matrix_whose_rows_are_trained_is_refused(plan: PlanFor, tmp_p
     the_plan = plan(LORA__TARGET_MODULES=f"q_proj,{target}")
     with pytest.raises(ConfigError, match=rf"SFT_LORA__TARGET_MODULES: .*{target} can't have LoRA"):
         train_here(the_plan, base_folder, tmp_path / "run", new_tokens=SPARE)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_their_rows_cannot_be_trained_in_embeddings_that_are_split(plan: PlanFor, tmp_path: Path, engine: str) -> None:
+    base = load_base(save_llama(tmp_path / "base", tied=True))
+    split = plan().model_copy(update={"engine": engine})
+    with pytest.raises(ConfigError, match=f"SFT_PARALLEL__ENGINE={engine}: the rows of new tokens") as raised:
+        add_adapter(base, split, [5])
+    assert "SFT_LORA__MODULES_TO_SAVE=embed_tokens" in raised.value.hint
+    whole = plan(LORA__MODULES_TO_SAVE="embed_tokens").model_copy(update={"engine": engine})
+    add_adapter(base, whole, [5])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from job import parallel as parallel_module
+from job import support
 from job.errors import ConfigError
 from job.hardware import Hardware
 from job.parallel import plan_parallel
@@ -56,7 +56,11 @@ def test_precision_by_hardware(hardware: dict[str, object], dtype: str, plan_for
     assert plan.dtype == dtype
     assert plan.sources["dtype"].startswith("auto: ")
     assert plan.device == ("cuda" if "gpus" in hardware else "cpu")
-    assert plan.gradient_checkpointing == ("gpus" in hardware)
+
+
+def test_deepspeed_on_a_cpu_trains_in_float32(load: Load, machine: Machine) -> None:
+    assert plan_parallel(load(PARALLEL__ENGINE="zero3"), machine(amx=True)).dtype == "float32"
+    assert plan_parallel(load(PARALLEL__ENGINE="ddp"), machine(amx=True)).dtype == "bfloat16"
 
 
 def test_one_old_gpu_among_new_ones_decides(load: Load, machine: Machine) -> None:
@@ -95,20 +99,64 @@ def test_a_warmup_beyond_max_steps_is_refused_before_the_data_is_there(load: Loa
     [
         (0, True, "there is no GPU", "use adamw, or leave it at auto"),
         (0, False, "there is no GPU", "use adamw, or leave it at auto"),
-        (1, False, "the package bitsandbytes is not installed", "install bitsandbytes, use adamw, or leave it at auto"),
+        (1, False, "the package bitsandbytes is not installed", "use adamw, or leave it at auto"),
     ],
 )
 def test_paged_adamw_needs_a_gpu_and_its_package(
     gpus: int, installed: bool, reason: str, hint: str, load: Load, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_module, "_is_installed", lambda package: installed)
+    monkeypatch.setattr(support, "_is_installed", lambda package: installed)
     error = refusal(load(TRAIN__OPTIMIZER="paged_adamw_8bit"), machine(gpus=gpus))
     assert error.message == f"SFT_TRAIN__OPTIMIZER=paged_adamw_8bit: {reason}"
     assert error.hint == hint
 
 
 def test_paged_adamw_on_a_gpu_with_its_package(plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_module, "_is_installed", lambda package: package == "bitsandbytes")
+    monkeypatch.setattr(support, "_is_installed", lambda package: package == "bitsandbytes")
     plan = plan_for({"gpus": 1}, TRAIN__OPTIMIZER="paged_adamw_8bit")
     assert (plan.optimizer, plan.sources["optimizer"]) == ("paged_adamw_8bit", "SFT_TRAIN__OPTIMIZER")
     assert plan_for({"gpus": 1}).optimizer == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "message", "hint"),
+    [
+        (0, {"PARALLEL__ENGINE": "fsdp2"}, "SFT_PARALLEL__ENGINE=fsdp2: it needs a GPU", "zero3"),
+        (0, {"PARALLEL__OFFLOAD": "true"}, "SFT_PARALLEL__OFFLOAD=true: there is no GPU", "auto"),
+        (1, {"PARALLEL__OFFLOAD": "true", "PARALLEL__ENGINE": "zero2"}, "OFFLOAD=true: zero2 keeps them", "=zero3"),
+        (1, {"PARALLEL__OFFLOAD": "true", "PARALLEL__ENGINE": "ddp"}, "OFFLOAD=true: ddp keeps them", "=zero3"),
+        (0, {"MODEL__DTYPE": "bfloat16", "PARALLEL__ENGINE": "zero2"}, "DTYPE=bfloat16: zero2 on a CPU", "float32"),
+        (1, {"QUANTIZATION": "nf4", "PARALLEL__ENGINE": "zero3"}, "SFT_QUANTIZATION=nf4: ZeRO-3 splits", "zero2"),
+        (1, {"QUANTIZATION": "int8", "PARALLEL__ENGINE": "fsdp2"}, "SFT_QUANTIZATION=int8: FSDP2 can't", "zero2"),
+    ],
+)
+def test_an_engine_that_cannot_do_it(
+    gpus: int, settings: dict[str, str], message: str, hint: str, load: Load, machine: Machine
+) -> None:
+    error = refusal(load(**settings), machine(gpus=gpus))
+    assert message in error.message
+    assert hint in error.hint
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_an_engine_whose_package_is_missing(
+    engine: str, load: Load, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "_is_installed", lambda package: package != "deepspeed")
+    error = refusal(load(PARALLEL__ENGINE=engine), machine())
+    assert error.message == f"SFT_PARALLEL__ENGINE={engine}: the package deepspeed is not installed"
+    assert "pip install deepspeed" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings"),
+    [
+        (0, {"PARALLEL__ENGINE": "zero2"}),
+        (0, {"PARALLEL__ENGINE": "zero3"}),
+        (1, {"PARALLEL__ENGINE": "zero3", "PARALLEL__OFFLOAD": "true"}),
+        (1, {"PARALLEL__ENGINE": "fsdp2", "QUANTIZATION": "nf4"}),
+        (1, {"PARALLEL__ENGINE": "zero2", "QUANTIZATION": "int8"}),
+    ],
+)
+def test_an_engine_that_can(gpus: int, settings: dict[str, str], load: Load, machine: Machine) -> None:
+    assert plan_parallel(load(**settings), machine(gpus=gpus)).warnings == []

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from job import parallel as parallel_module
 from job import plan as plan_module
 from job import presets as presets_module
+from job import support
 from job.plan import TrainPlan
 from job.presets import Preset, find_preset, is_given, load_presets
 from job.settings import Settings
@@ -27,7 +27,7 @@ RECIPES = {
 
 @pytest.fixture
 def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_module, "_is_installed", lambda package: True)
+    monkeypatch.setattr(support, "_is_installed", lambda package: True)
 
 
 @pytest.mark.parametrize("model_id", RECIPES)
@@ -146,7 +146,7 @@ def test_a_presets_batch_gives_way(
 def test_a_presets_optimizer_gives_way(
     gpus: int, installed: bool, why: str, plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_module, "_is_installed", lambda package: installed)
+    monkeypatch.setattr(support, "_is_installed", lambda package: installed)
     plan = plan_for({"gpus": gpus}, MODEL__ID="Qwen/Qwen2.5-0.5B")
     assert plan.optimizer == "adamw"
     assert plan.sources["optimizer"] == (

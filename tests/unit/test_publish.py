@@ -137,7 +137,7 @@ def test_a_foreign_manifest_is_never_overwritten(tmp_path: Path, slot: Path, con
     manifest = make_run(tmp_path / "run", "one", {"a.json": "{}"})
     for act in (
         lambda: check_slot(str(slot)),
-        lambda: is_already_published(WatchedStore(slot), "one", overwrite=True),
+        lambda: is_already_published(WatchedStore(slot), "one", overwrite=True, merge=False),
         lambda: publish(WatchedStore(slot), tmp_path / "run", manifest, overwrite=True),
     ):
         with pytest.raises(ConfigError, match=r"was not written by this job"):
@@ -148,13 +148,13 @@ def test_a_foreign_manifest_is_never_overwritten(tmp_path: Path, slot: Path, con
 
 def test_the_same_run_another_run_and_none(tmp_path: Path, slot: Path) -> None:
     store = WatchedStore(slot)
-    assert not is_already_published(store, "one", overwrite=False)
+    assert not is_already_published(store, "one", overwrite=False, merge=False)
     publish(store, tmp_path / "run", make_run(tmp_path / "run", "one", {"a.json": "{}"}), overwrite=True)
-    assert is_already_published(store, "one", overwrite=False)
-    assert is_already_published(store, "one", overwrite=True)
-    assert not is_already_published(store, "two", overwrite=True)
+    assert is_already_published(store, "one", overwrite=False, merge=False)
+    assert is_already_published(store, "one", overwrite=True, merge=False)
+    assert not is_already_published(store, "two", overwrite=True, merge=False)
     with pytest.raises(ConfigError, match="run one is published there, and this is run two"):
-        is_already_published(store, "two", overwrite=False)
+        is_already_published(store, "two", overwrite=False, merge=False)
 
 
 def test_the_run_id_is_filled_in_and_the_probe_leaves_nothing(tmp_path: Path) -> None:
@@ -180,3 +180,16 @@ def test_a_run_that_came_later_touches_nothing_of_the_one_that_was_faster(tmp_pa
         publish(store, tmp_path / "other", make_run(tmp_path / "other", "two", {"a.json": "2"}), overwrite=False)
     assert store.calls == []
     assert read_published(store) == faster
+
+
+def test_a_merged_model_is_asked_for_of_a_run_that_has_none(tmp_path: Path, slot: Path) -> None:
+    store = WatchedStore(slot)
+    publish(store, tmp_path / "run", make_run(tmp_path / "run", "one", {"a.json": "{}"}), overwrite=False)
+    assert is_already_published(store, "one", overwrite=False, merge=False)
+    with pytest.raises(ConfigError, match=r"SFT_OUTPUT__MERGE=true: this run is published .* without a merged model"):
+        is_already_published(store, "one", overwrite=False, merge=True)
+    assert not is_already_published(store, "one", overwrite=True, merge=True)
+    merged = make_run(tmp_path / "again", "one", {"a.json": "{}", "merged/config.json": "{}"})
+    publish(store, tmp_path / "again", merged, overwrite=True)
+    assert is_already_published(store, "one", overwrite=False, merge=True)
+    assert read_published(store) == merged

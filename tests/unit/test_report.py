@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from job.log import format_bytes
 from job.plan import TrainPlan
-from job.report import format_plan
+from job.report import format_model_card, format_plan
 
 PlanFor = Callable[..., TrainPlan]
 
@@ -22,7 +23,7 @@ def plan(plan_for: PlanFor) -> TrainPlan:
 
 def read_sources(table: str) -> dict[str, str]:
     """Put the sources together again, from the lines that they were broken into."""
-    lines = table.splitlines()
+    lines = table[: table.index("\nMemory")].splitlines()
     column = lines[1].index("SFT_MODEL__ID")
     sources: dict[str, str] = {}
     for line in (line for line in lines if line.startswith("  ")):
@@ -37,7 +38,8 @@ def read_sources(table: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("width", [1, 80, 100, 120, 200])
 def test_each_value_has_the_whole_of_its_source(width: int, plan: TrainPlan) -> None:
-    assert read_sources(format_plan(plan, width=width)) == plan.sources
+    expected = {name: source for name, source in plan.sources.items() if name != "memory"}  # has a section of its own
+    assert read_sources(format_plan(plan, width=width)) == expected
 
 
 @pytest.mark.parametrize(("width", "longest"), [(80, 86), (90, 90), (120, 120), (200, 200)])
@@ -71,3 +73,41 @@ def test_what_is_not_there_is_none(plan_for: PlanFor) -> None:
     assert rows["modules_to_save"] == rows["early_stopping_patience"] == ["none", "default"]
     assert rows["train_tokens"][0] == "20,000"
     assert rows["packing"][0] == "True"
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter", "held"),
+    [
+        ({}, "r 16, alpha 32, dropout 0.05 |", "as it is, arithmetic in float32 |"),
+        (
+            {"LORA__DORA": "true", "QUANTIZATION": "nf4"},
+            "dropout 0.05, DoRA |",
+            "in 4 bits (NF4, double quantisation), arithmetic in float32 |",
+        ),
+        (
+            {"LORA__RSLORA": "true", "QUANTIZATION": "int8"},
+            "dropout 0.05, rank-stabilised LoRA |",
+            "in 8 bits (LLM.int8), arithmetic in float32 |",
+        ),
+    ],
+)
+def test_the_model_card_says_how_it_was_trained(
+    plan_for: PlanFor, settings: dict[str, str], adapter: str, held: str
+) -> None:
+    metrics = {"train_loss": 1.0, "trainable_parameters": 1234, "total_parameters": 567_890}
+    card = format_model_card(plan_for(**settings), run_id="one", job_version="1", metrics=metrics, is_on_hub=False)
+    rows = dict(line.split(" | ", 1) for line in card.splitlines() if line.startswith("| ") and " | " in line[2:])
+    assert rows["| adapter"].endswith(adapter)
+    assert rows["| base model while training"] == held
+    assert rows["| trained parameters"] == "1,234 of 567,890 |"
+    assert "merged" not in card
+
+
+def test_the_memory_is_shown_in_units_for_people(plan: TrainPlan) -> None:
+    table = format_plan(plan)
+    memory = plan.memory
+    section = [line.split() for line in table[table.index("\nMemory") :].splitlines()[2:]]
+    assert section[0][:3] == ["weights", *format_bytes(memory.weights_bytes).split()]
+    assert section[-1] == ["total", *format_bytes(memory.total_bytes).split(), "of", "57.1", "GiB"]
+    assert [row[0] for row in section[:-1]] == list(memory.parts())
+    assert sum(int(row[3].rstrip("%")) for row in section[:-1]) == pytest.approx(100, abs=4)
