@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-gpu bench-data lint format types docs lock clean
+.PHONY: help demo test test-distributed test-gpu bench-data bench-loss lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +31,9 @@ test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Run the te
 
 bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3 GB (SIZES=100 for 100 MB alone)
 	$(BIN)/python tests/bench/data.py $(if $(SIZES),--sizes $(SIZES))
+
+bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks against all logits at once
+	$(BIN)/python tests/bench/loss.py
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

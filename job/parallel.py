@@ -20,6 +20,7 @@ from job.support import (
     Device,
     uses_deepspeed,
     why_not_attention,
+    why_not_dtype,
     why_not_engine,
     why_not_liger,
     why_not_offload,
@@ -101,38 +102,37 @@ def _choose_processes(choices: Choices, settings: Settings, hardware: Hardware) 
 
 
 def _choose_dtype(choices: Choices, settings: Settings, hardware: Hardware) -> None:
-    asked = settings.model.dtype
-    if hardware.gpus:
-        has_bf16 = all(gpu.compute_capability >= (8, 0) for gpu in hardware.gpus)
-        if asked == "bfloat16" and not has_bf16:
-            raise ConfigError(
-                f"SFT_MODEL__DTYPE=bfloat16: {hardware.gpus[0].name} has no bfloat16 arithmetic",
-                hint="use float16, or leave it at auto",
-            )
-        automatic, why = ("bfloat16", "the GPU has it") if has_bf16 else ("float16", "the GPU has no bfloat16")
-    else:
-        amx = hardware.cpu_has_bf16_matrix_units
-        by_deepspeed = settings.parallel.engine in ("zero2", "zero3")
-        if asked == "float16":
-            raise ConfigError(
-                "SFT_MODEL__DTYPE=float16: training in float16 needs a GPU", hint="use float32, or leave it at auto"
-            )
-        if asked == "bfloat16" and by_deepspeed:  # transformers takes bf16 without use_cpu for a wish for a GPU
-            raise ConfigError(
-                f"SFT_MODEL__DTYPE=bfloat16: {settings.parallel.engine} on a CPU trains in float32 only",
-                hint="use float32 or ddp, or leave it at auto",
-            )
-        if asked == "bfloat16" and not amx:
-            choices.warnings.append(
-                "SFT_MODEL__DTYPE=bfloat16: this CPU has no AMX; float32 is 25 to 30 times faster here"
-            )
-        if by_deepspeed:
-            automatic, why = "float32", "DeepSpeed on a CPU"
-        elif amx:
-            automatic, why = "bfloat16", "the CPU has AMX"
-        else:
-            automatic, why = "float32", "the CPU has no bfloat16 matrix units"
+    choose = _choose_dtype_on_gpu if hardware.gpus else _choose_dtype_on_cpu
+    automatic, why = choose(choices, settings, hardware)
     choices.take("dtype", settings.model, "dtype", auto=automatic, why=why)
+
+
+def _choose_dtype_on_gpu(_: Choices, settings: Settings, hardware: Hardware) -> tuple[Dtype, str]:
+    has_bf16 = all(gpu.compute_capability >= (8, 0) for gpu in hardware.gpus)
+    if settings.model.dtype == "bfloat16" and not has_bf16:
+        raise ConfigError(
+            f"SFT_MODEL__DTYPE=bfloat16: {hardware.gpus[0].name} has no bfloat16 arithmetic",
+            hint="use float16, or leave it at auto",
+        )
+    return ("bfloat16", "the GPU has it") if has_bf16 else ("float16", "the GPU has no bfloat16")
+
+
+def _choose_dtype_on_cpu(choices: Choices, settings: Settings, hardware: Hardware) -> tuple[Dtype, str]:
+    asked, engine = settings.model.dtype, settings.parallel.engine
+    lacking = None if engine == "auto" else why_not_dtype(engine, "cpu", "bfloat16")
+    if asked == "float16":
+        raise ConfigError(
+            "SFT_MODEL__DTYPE=float16: training in float16 needs a GPU", hint="use float32, or leave it at auto"
+        )
+    if asked == "bfloat16" and lacking is not None:
+        raise ConfigError(f"SFT_MODEL__DTYPE=bfloat16: {lacking}", hint="use float32 or ddp, or leave it at auto")
+    if asked == "bfloat16" and not hardware.cpu_has_bf16_matrix_units:
+        choices.warnings.append("SFT_MODEL__DTYPE=bfloat16: this CPU has no AMX; float32 is 25 to 30 times faster here")
+    if lacking is not None:
+        return "float32", lacking
+    if hardware.cpu_has_bf16_matrix_units:
+        return "bfloat16", "the CPU has AMX"
+    return "float32", "the CPU has no bfloat16 matrix units"
 
 
 def _check_engine(settings: Settings, device: Device) -> None:

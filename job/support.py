@@ -42,6 +42,22 @@ def why_not_split(engine: Engine, quantization: Quantization) -> str | None:
     return None
 
 
+def why_not_dtype(engine: Engine, device: Device, dtype: str) -> str | None:
+    """Return why an engine can't train in a precision."""
+    # transformers takes bf16 without use_cpu for a wish for a GPU, and DeepSpeed with use_cpu is plain DDP
+    if uses_deepspeed(engine) and device == "cpu" and dtype != "float32":
+        return f"{engine} on a CPU trains in float32 only"
+    return None
+
+
+def why_not_new_rows(engine: Engine) -> str | None:
+    """Return why an engine can't train single rows of embeddings."""
+    # PEFT's TrainableTokensLayer reads the base weight outside of the forward pass for which an engine gathers it.
+    if splits_weights(engine):
+        return "the rows of new tokens can't be trained in embeddings that are split among the processes"
+    return None
+
+
 def why_not_paged_adamw(device: Device) -> str | None:
     """Return what paged 8-bit AdamW lacks here."""
     if device == "cpu":

@@ -16,7 +16,15 @@ from job.memory.estimate import MemoryEstimate, Setup, estimate_memory, pick_set
 from job.memory.model_shape import ModelShape
 from job.presets import is_given
 from job.settings import Settings
-from job.support import Device, Engine, Quantization, why_not_attention, why_not_engine, why_not_split
+from job.support import (
+    Device,
+    Engine,
+    why_not_attention,
+    why_not_dtype,
+    why_not_engine,
+    why_not_new_rows,
+    why_not_split,
+)
 
 # Models whose logits are what their head returns, neither scaled nor capped nor joined by a loss of routing, so that
 # the head can be applied to some tokens at a time. Read in transformers 5.23.
@@ -130,7 +138,7 @@ def _find_engines(settings: Settings, start: Setup) -> Iterator[tuple[Engine, bo
     what that can't hold.
     """
     asked, offload = settings.parallel.engine, settings.parallel.offload
-    _refuse_to_split(start.quantization, asked, is_offload_asked=offload is True)
+    _refuse_to_split(start, asked, is_offload_asked=offload is True)
     if asked != "auto":
         usable: list[Engine] = [asked]
     else:
@@ -138,7 +146,9 @@ def _find_engines(settings: Settings, start: Setup) -> Iterator[tuple[Engine, bo
         usable = [
             engine
             for engine in wanted
-            if why_not_engine(engine, start.device) is None and why_not_split(engine, start.quantization) is None
+            if why_not_engine(engine, start.device) is None
+            and why_not_dtype(engine, start.device, start.dtype) is None
+            and _why_not_split(engine, start) is None
         ]
     if offload is not True:
         yield from ((engine, False) for engine in usable if asked != "auto" or engine == "ddp" or start.world_size > 1)
@@ -146,12 +156,18 @@ def _find_engines(settings: Settings, start: Setup) -> Iterator[tuple[Engine, bo
         yield "zero3", True
 
 
-def _refuse_to_split(quantization: Quantization, asked: Engine | Literal["auto"], *, is_offload_asked: bool) -> None:
-    """Raise ConfigError where quantised weights, which may be stored so, can't be held as was asked for."""
-    if asked != "auto" and (lacking := why_not_split(asked, quantization)):
+def _refuse_to_split(start: Setup, asked: Engine | Literal["auto"], *, is_offload_asked: bool) -> None:
+    """Raise ConfigError where weights can't be held as was asked for; they may be stored quantised."""
+    if asked != "auto" and (lacking := _why_not_split(asked, start)):
         raise ConfigError(f"SFT_PARALLEL__ENGINE={asked}: {lacking}", hint="use ddp or zero2")
-    if is_offload_asked and (lacking := why_not_split("zero3", quantization)):
+    if is_offload_asked and (lacking := _why_not_split("zero3", start)):
         raise ConfigError(f"SFT_PARALLEL__OFFLOAD=true: {lacking}", hint="leave it at auto")
+
+
+def _why_not_split(engine: Engine, start: Setup) -> str | None:
+    # Embeddings that are trained whole have the new rows in them; the worker looks at which modules these are.
+    rows = why_not_new_rows(engine) if start.new_tokens and not start.modules_to_save else None
+    return why_not_split(engine, start.quantization) or rows
 
 
 def _choose(options: _Options, start: Setup, shape: ModelShape, available: int) -> Setup:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from job.errors import ConfigError, DivergedError, InternalError
 from job.plan import TrainPlan
-from job.support import splits_weights
+from job.support import why_not_new_rows
 from job.train.gather import gather_frozen
 from job.train.quantize import check_can_be_saved_whole
 from job.train.vocabulary import find_embeddings, is_tied
@@ -96,12 +96,10 @@ def _layers_to_train_by_row(base: PreTrainedModel, whole: Sequence[str]) -> list
 
 
 def _check_rows_are_whole(by_row: Sequence[str], plan: TrainPlan) -> None:
-    # PEFT's TrainableTokensLayer reads the base weight outside of the forward pass for which an engine gathers it.
-    if by_row and splits_weights(plan.engine):
+    if by_row and (lacking := why_not_new_rows(plan.engine)):
         names = ",".join(name.rsplit(".", 1)[-1] for name in by_row)
         raise ConfigError(
-            f"SFT_PARALLEL__ENGINE={plan.engine}: the rows of new tokens can't be trained in embeddings that are split "
-            f"among the processes",
+            f"SFT_PARALLEL__ENGINE={plan.engine}: {lacking}",
             hint=f"train these whole (SFT_LORA__MODULES_TO_SAVE={names}), or use ddp or zero2",
         )
 

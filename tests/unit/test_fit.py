@@ -7,6 +7,7 @@ import pytest
 from test_memory import LLAMA_8B, LLAMA_8B_PARAMETERS
 
 from job import support
+from job.errors import ConfigError
 from job.hardware import Hardware
 from job.memory import fit
 from job.memory.estimate import MemoryEstimate
@@ -127,6 +128,35 @@ def test_offload_that_is_asked_for(plan_8b: PlanFor) -> None:
     plan = plan_8b(1, 80, PARALLEL__OFFLOAD="true")
     assert (plan.engine, plan.offload) == ("zero3", True)
     assert plan.sources["offload"] == "SFT_PARALLEL__OFFLOAD"
+
+
+def test_embeddings_with_new_rows_are_split_by_nothing(plan_for: PlanFor) -> None:
+    shape = read_model_shape(LLAMA_8B, 2 * LLAMA_8B_PARAMETERS)
+    data = {"shape": shape, "new_tokens": ["<|im_start|>"], "max_length_tokens": 2048}
+    many = {"gpus": 8, "gpu_gib": 16}
+    assert plan_for(many, data | {"new_tokens": []}).engine == "zero3"
+    assert plan_for(many, data).engine in ("ddp", "zero2")
+    for setting in ({"PARALLEL__ENGINE": "zero3"}, {"PARALLEL__ENGINE": "fsdp2"}, {"PARALLEL__OFFLOAD": "true"}):
+        with pytest.raises(ConfigError, match="the rows of new tokens can't be trained in embeddings that are split"):
+            plan_for(many, data, **setting)
+        plan_for(many, data, **setting, LORA__MODULES_TO_SAVE="embed_tokens,lm_head")
+
+
+@pytest.mark.parametrize("stored", ["nf4", "int8"])
+def test_weights_that_are_stored_quantised_are_not_split(plan_for: PlanFor, stored: str) -> None:
+    data = {"stored_quantization": stored}
+    with pytest.raises(ConfigError, match="SFT_PARALLEL__ENGINE=zero3: ZeRO-3 splits weights while they are loaded"):
+        plan_for({"gpus": 2}, data, PARALLEL__ENGINE="zero3")
+    with pytest.raises(ConfigError, match="SFT_PARALLEL__OFFLOAD=true: ZeRO-3 splits"):
+        plan_for({"gpus": 2}, data, PARALLEL__OFFLOAD="true")
+
+
+def test_a_cpu_in_bfloat16_is_not_left_to_deepspeed(plan_for: PlanFor) -> None:
+    short = {"host_gib": 8, "amx": True}
+    shape = read_model_shape(LLAMA_8B, 2 * LLAMA_8B_PARAMETERS)
+    assert plan_for(short, {"shape": shape}, PARALLEL__PROCESSES=2).engine == "ddp"
+    split = plan_for(short, {"shape": shape}, PARALLEL__PROCESSES=2, MODEL__DTYPE="float32")
+    assert split.engine == "zero3"
 
 
 def test_without_deepspeed_nothing_is_split(plan_70b: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:
