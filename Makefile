@@ -33,7 +33,8 @@ bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3
 	$(BIN)/python tests/bench/data.py $(if $(SIZES),--sizes $(SIZES))
 
 bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks against all logits at once
-	$(BIN)/python tests/bench/loss.py
+	$(BIN)/python tests/bench/loss.py --gradient-checkpointing
+	$(BIN)/python tests/bench/loss.py --gradient-checkpointing --supervised 0.3
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

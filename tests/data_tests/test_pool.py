@@ -153,11 +153,13 @@ def test_a_stop_leaves_no_worker(tmp_path: Path, tokenizer: Any) -> None:
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 from job.data import RowOptions, SourceFile, load_tokenizer, tokenize_files
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     rows, tokenizer, folder = map(Path, sys.argv[1:])
     tokenize_files(
         [SourceFile(rows, rows.name, "")],
