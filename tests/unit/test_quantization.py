@@ -130,7 +130,7 @@ def test_stored_weights_and_settings_that_contradict_them(plan_for: PlanFor) -> 
 
 
 def test_a_cpu_is_warned_of(plan_for: PlanFor) -> None:
-    assert any("8 to 12 times slower" in warning for warning in plan_for(QUANTIZATION="nf4").warnings)
+    assert any("slower than float32" in warning for warning in plan_for(QUANTIZATION="nf4").warnings)
     assert not any("slower" in warning for warning in plan_for().warnings)
     assert not any("slower" in warning for warning in plan_for(hardware={"gpus": 1}, QUANTIZATION="nf4").warnings)
 
