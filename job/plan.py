@@ -167,7 +167,7 @@ def _choose_model(choices: Choices, settings: Settings, data: DataFacts, paralle
     model, lora = settings.model, settings.lora
     choices.take("model_id", model, "id")
     choices.put("model_revision", data.model_revision, "resolved")
-    attention, why = choose_attention(parallel.device, parallel.dtype, parallel.compute_capability)
+    attention, why = choose_attention(parallel.device, parallel.dtype, parallel.compute_capability, data.shape)
     choices.take("attn_implementation", model, "attn_implementation", auto=attention, why=why)
     choose_quantization(choices, settings, data.stored_quantization, choices.values["device"])
     choices.put("chat_template", data.chat_template, setting_source(model, "chat_template"))

@@ -46,13 +46,17 @@ def available_bytes(hardware: Hardware, processes: int) -> int:
     return max(0, int(hardware.memory_bytes * (1 - _HOST_MARGIN)) - _OTHERS_ON_HOST_BYTES) // processes
 
 
-def choose_attention(device: Device, dtype: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+def choose_attention(
+    device: Device, dtype: str, capability: tuple[int, int] | None, shape: ModelShape
+) -> tuple[str, str]:
     """Return the attention kernel that is chosen by itself, and why."""
     if capability is None or capability < _FLASH_CAPABILITY:
         return "sdpa", "PyTorch's own kernel"
     lacking = why_not_attention("flash_attention_2", device)
     if lacking is None and dtype == "float32":
         lacking = "it has no float32"
+    if lacking is None and not shape.is_known:  # transformers refuses to load a model that can't use it
+        lacking = f"{shape.model_type} is not known to have it"
     if lacking is None:
         return "flash_attention_2", "it is installed, and needs no mask for joined rows"
     return "sdpa", f"PyTorch's own kernel; not flash_attention_2: {lacking}"

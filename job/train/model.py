@@ -19,6 +19,7 @@ from job.train.quantize import is_stored_quantized, make_trainable, quantization
 from job.train.vocabulary import add_new_tokens
 
 _UPLOAD_AGAIN = "its files are incomplete or damaged: fetch or upload them again"
+_USE_ANOTHER = "use a causal language model, and an SFT_MODEL__ATTN_IMPLEMENTATION that it has"
 _PROOF_TOKENS = 128  # of each row
 # Relative difference of logits that rounding alone explains; a row that sees its neighbour differs by far more.
 _ISOLATION_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -59,7 +60,7 @@ def load_base(plan: TrainPlan, folder: Path, **changes: object) -> PreTrainedMod
     try:
         base, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **(options | changes))
     except ValueError as error:
-        raise ConfigError(f"SFT_MODEL__ID={plan.model_id}: {error}", hint="use a causal language model") from error
+        raise ConfigError(f"SFT_MODEL__ID={plan.model_id}: {error}", hint=_USE_ANOTHER) from error
     except (OSError, SafetensorError) as error:
         raise NotFoundError(f"SFT_MODEL__ID={plan.model_id}: can't be loaded: {error}", hint=_UPLOAD_AGAIN) from error
     # transformers fills in random numbers for weights that aren't there, and says so in a warning only.

@@ -215,6 +215,14 @@ def test_attention(
     assert plan_for(hardware, MODEL__ATTN_IMPLEMENTATION="eager").attn_implementation == "eager"
 
 
+def test_a_kernel_that_a_model_may_lack_is_not_chosen(plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "_is_installed", lambda package: True)
+    data = {"model_type": "mpt", "shape": read_model_shape({"model_type": "mpt"}, 10**9)}
+    plan = plan_for({"gpus": 1}, data)
+    assert (plan.attn_implementation, plan_for({"gpus": 1}).attn_implementation) == ("sdpa", "flash_attention_2")
+    assert plan.sources["attn_implementation"].endswith("mpt is not known to have it")
+
+
 def test_nothing_of_it_changes_the_batch(plan_for: PlanFor) -> None:
     shape = read_model_shape(LLAMA_8B, 2 * LLAMA_8B_PARAMETERS)
     for gib in (8, 16, 24, 40, 80):
