@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-gpu bench-data bench-loss lint format types docs lock clean
+.PHONY: help demo test test-distributed test-faults soak test-gpu bench-data bench-loss bench-checkpoints lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,11 +23,17 @@ test-distributed: $(INSTALLED) ## Run real trainings under every engine, on seve
 	@[ "$$(id -u)" = 0 ] || echo "SKIPPED: without root there are no network namespaces, so NOTHING is run on several hosts"
 	$(PYTEST) tests/distributed
 
+test-faults: $(INSTALLED) $(FAULT_PROXY) ## Run the tests of kills, resuming, faults of the store, full disks and hangs
+	$(PYTEST) tests/faults
+
+soak: $(INSTALLED) $(FAULT_PROXY) ## Kill jobs at random moments amid faults of the store until they end, 100 rounds (SOAK='--rounds 10 --seed 2')
+	$(BIN)/python tests/faults/soak.py $(SOAK)
+
 # On a machine without a package index: make test-gpu GPU_PYTHON=python3, for a Python that has all that is needed.
 GPU_PYTHON ?= $(BIN)/python
 test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Run the tests that need a GPU, offline; 10 minutes
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(GPU_PYTHON) -m pytest --numprocesses 4 tests/gpu/test_gpu.py && $(GPU_PYTHON) -m pytest tests/gpu/test_gpu_memory.py; \
+	  $(GPU_PYTHON) -m pytest --numprocesses 4 tests/gpu/test_gpu.py tests/gpu/test_gpu_resume.py && $(GPU_PYTHON) -m pytest tests/gpu/test_gpu_memory.py; \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING of tests/gpu was run"; fi
 
 bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3 GB (SIZES=100 for 100 MB alone)
@@ -35,6 +42,9 @@ bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3
 bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks against all logits at once
 	$(BIN)/python tests/bench/loss.py --gradient-checkpointing
 	$(BIN)/python tests/bench/loss.py --gradient-checkpointing --supervised 0.3
+
+bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints costs a training (BENCH=--quick for a tiny model)
+	$(BIN)/python tests/bench/checkpoints.py $(BENCH)
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -68,4 +78,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	grep '^torch==' requirements.lock | xargs $(BIN)/pip install --quiet --disable-pip-version-check
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+# mitmproxy has an environment of its own, for it pins libraries that the job needs in other versions.
+$(FAULT_PROXY): tests/faults/mitmproxy.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	touch $@

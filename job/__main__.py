@@ -4,38 +4,42 @@
 This is the only place that turns an exception into an exit code.
 """
 
-import argparse
-import errno
-import fcntl
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import job
-from job.errors import CONFIG, INTERNAL, OK, PREEMPTED, RESOURCES, ConfigError, ExitCode, JobError
+from job.arguments import parse_command
+from job.disk_full import is_disk_full
+from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, ExitCode, JobError
 from job.log import find_terminal, logger, setup_logging
 from job.nodes.node import Node, find_node
-from job.outcome import Progress, format_outcome, write_termination_log
+from job.outcome import Progress, format_outcome, write_outcome
 from job.settings import Settings, load_runtime_settings, load_settings
 from job.settings_groups import RuntimeSettings
-from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals
+from job.stopping import GRACE_SHARE, StopSignal, acknowledge_stop, be_patient, raise_on_stop_signals
+from job.work_dir import own_work_dir
 
 # Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is
 # reported in under a second.
 if TYPE_CHECKING:
+    from job.handover import RunFolder
+    from job.lease import Lease
     from job.nodes.peers import Peers
     from job.prepared import Prepared
 
 
 _ALREADY_PUBLISHED = "is already published: nothing to do"
 _HINTS = {  # for ends that bring none of their own
-    PREEMPTED.code: "start it again: it begins anew",
+    PREEMPTED.code: "start it again: it goes on from what is in the store",
     RESOURCES.code: "give SFT_RUNTIME__WORK_DIR more room",
     INTERNAL.code: "please report it, with the traceback above",
 }
@@ -43,60 +47,108 @@ _HINTS = {  # for ends that bring none of their own
 
 def run(settings: Settings, progress: Progress) -> str:
     """Train and publish; do nothing when this very run is already published. Return what was done, for the outcome."""
+    from job.handover import RunFolder
+    from job.lease import hold_slot
     from job.nodes.identity import describe_run, refuse_differences
     from job.nodes.peers import join_peers
 
+    started_s = time.monotonic()
     node = find_node(settings.parallel)
-    with _own(settings.runtime.work_dir) as work_dir:
+    with own_work_dir(settings.runtime.work_dir) as work_dir:
         prepared = prepare(settings, node, work_dir, progress)
         if prepared is None:
             return _ALREADY_PUBLISHED
         run_id, output = prepared.inputs.run_id, settings.output.uri
-        with join_peers(node, run_id=run_id, output=output, explain=_explain) as peers:
+        with (
+            join_peers(node, run_id=run_id, output=output, explain=_explain) as peers,
+            hold_slot(prepared.slot, run_id=run_id) if node.rank == 0 else nullcontext() as lease,
+        ):
             if node.nodes > 1:
                 refuse_differences(peers.exchange(describe_run(prepared)))
-            _train_and_publish(prepared, work_dir, peers, progress)
+            if peers.exchange(node.rank == 0 and _is_published(prepared))[0]:  # by a job that held the slot until now
+                return _ALREADY_PUBLISHED
+            max_hours = settings.runtime.max_hours
+            deadline_s = None if max_hours is None else started_s + max_hours * 3600
+            folder = prepared.hand_over(RunFolder(work_dir / "run"))
+            trained = _train(prepared, folder, peers, lease, progress, deadline_s=deadline_s)
+            _publish(trained, folder, peers, lease)
         return "is published"
 
 
-def _train_and_publish(prepared: "Prepared", work_dir: Path, peers: "Peers", progress: Progress) -> None:
-    from job.handover import RunFolder
+def _is_published(prepared: "Prepared") -> bool:
+    from job.publish import is_already_published
+
+    output = prepared.settings.output
+    return is_already_published(prepared.slot, prepared.inputs.run_id, overwrite=output.overwrite, merge=output.merge)
+
+
+def _train(
+    prepared: "Prepared",
+    folder: "RunFolder",
+    peers: "Peers",
+    lease: "Lease | None",
+    progress: Progress,
+    *,
+    deadline_s: float | None,
+) -> "Prepared":
+    """Train, unless an earlier start has done that; return what was prepared with the plan that was carried out.
+
+    `lease` is node 0's hold on the slot; other nodes have none.
+    """
+    from job.attempt import attempt_training
+    from job.checkpoints.resume import adopt_plan, fetch_finished, keep_finished
     from job.inputs import MODEL_FOLDER
     from job.memory.ladder import train_within_memory
-    from job.merge import check_room, merge_adapter
+    from job.merge import check_room
+
+    settings, base_model = prepared.settings, prepared.inputs.base_model
+    finished = None if lease is None else fetch_finished(prepared, folder)
+    if peers.exchange(finished is not None)[0]:
+        logger.info("an earlier start has trained it: publishing is left")
+        return prepared if finished is None else replace(prepared, plan=finished)
+
+    _log_phase("fetching the base model")
+    base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
+    _log_phase("training")
+    if settings.output.merge and peers.node_rank == 0:
+        check_room(folder.root, base_model.weights_bytes())
+    prepared = adopt_plan(prepared, folder, peers)
+    attempt = partial(attempt_training, folder=folder, peers=peers, lease=lease, deadline_s=deadline_s)
+    try:
+        prepared = train_within_memory(prepared, folder, peers, attempt)
+    finally:
+        progress.step = folder.read_last_step()
+    if lease is not None:
+        lease.check()
+        keep_finished(prepared, folder)
+    return prepared
+
+
+def _publish(prepared: "Prepared", folder: "RunFolder", peers: "Peers", lease: "Lease | None") -> None:
+    from job.inputs import MODEL_FOLDER
+    from job.merge import merge_adapter
     from job.publish import publish_run
     from job.report import format_metrics
 
-    settings = prepared.settings
-    _log_phase("fetching the base model")
-    prepared.inputs.base_model.fetch_weights(work_dir / MODEL_FOLDER)
-
-    _log_phase("training")
-    if settings.output.merge and peers.node_rank == 0:
-        check_room(work_dir, prepared.inputs.base_model.weights_bytes())
-    folder = prepared.hand_over(RunFolder(work_dir / "run"))
-    try:
-        prepared = train_within_memory(prepared, folder, peers)
-    finally:
-        progress.step = folder.read_last_step()
-
-    if peers.node_rank > 0:
+    if lease is None:
         _log_phase("publishing, which node 0 does")
         peers.wait_for_first_node()
         return
     logger.info("%s", format_metrics(folder.read_result()))
-    if settings.output.merge:
+    if prepared.settings.output.merge:
         _log_phase("merging")
+        prepared.inputs.base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
         merge_adapter(prepared, folder)
 
     _log_phase("publishing")
-    publish_run(prepared, folder)
+    be_patient(prepared.settings.runtime.grace_seconds * GRACE_SHARE)
+    publish_run(prepared, folder, lease)
 
 
 def check(settings: Settings, progress: Progress) -> str:
     """Do all that a run does before it fetches the weights and trains."""
     node = find_node(settings.parallel)
-    with _own(settings.runtime.work_dir) as work_dir:
+    with own_work_dir(settings.runtime.work_dir) as work_dir:
         if prepare(settings, node, work_dir, progress) is None:
             return _ALREADY_PUBLISHED
         logger.info("plan.json and xray.json are in %s", work_dir / "run")
@@ -108,6 +160,7 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
 
     Every node does it by itself, but only node 0 writes to the output.
     """
+    from job.checkpoints.resume import refuse_another_runs
     from job.dataset import prepare_dataset, row_options
     from job.handover import RunFolder
     from job.hardware import find_hardware
@@ -116,7 +169,7 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     from job.parallel import plan_parallel
     from job.plan import make_plan
     from job.prepared import Prepared
-    from job.publish import check_slot, is_already_published, keep_bad_rows, open_slot
+    from job.publish import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
     from job.report import format_plan
     from job.report_xray import format_xray
 
@@ -130,10 +183,14 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     inputs = find_inputs(settings, work_dir)
     slot = open_slot(settings.output.uri, inputs.run_id)
     progress.run_id, progress.output = inputs.run_id, slot.uri
+    checkpoints = open_checkpoints(settings.checkpoint.uri, slot, inputs.run_id)
     if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite, merge=settings.output.merge):
+        if node.rank == 0:
+            checkpoints.clear()  # a start that was killed after it had published has left them
         return None
     if node.rank == 0:
         slot.check_writable()
+        checkpoints.store.check_writable()
 
     _log_phase("tokenizing")
     model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
@@ -153,7 +210,9 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     progress.total_steps = plan.steps
     logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan, width=terminal.width))
     _log_warnings(plan.warnings)
-    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot)
+    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints)
+    if node.rank == 0:
+        refuse_another_runs(prepared)
     prepared.write_down(RunFolder(work_dir / "run"), warnings)
     return prepared
 
@@ -167,33 +226,9 @@ def _log_phase(name: str) -> None:
     logger.info("== %s", name)
 
 
-@contextmanager
-def _own(work_dir: Path) -> Iterator[Path]:
-    """Make the work folder and keep other jobs out of it.
-
-    Raises ConfigError when it can't be made or another job uses it.
-    """
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        lock = (work_dir / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"SFT_RUNTIME__WORK_DIR={work_dir}: can't be used: {error.strerror}",
-            hint="name a folder that can be written",
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"SFT_RUNTIME__WORK_DIR={work_dir}: another job is using it", hint="give each job a folder of its own"
-            ) from error
-        yield work_dir
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the outcome is in the log and in the termination log."""
-    command = _parse(arguments)
+    command = parse_command(arguments)
     runtime = load_runtime_settings()
     setup_logging(runtime.log_format, runtime.log_level)
     if command == "schema":
@@ -201,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(Settings.model_json_schema(), indent=2))
         return OK.code
     progress = Progress()
-    ending, message, hint = _execute(command, progress)
+    ending, message, hint = _execute(command, runtime, progress)
     if ending is OK:
         logger.info("run %s %s (%s)", progress.run_id, message, progress.output)
     else:
@@ -209,13 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hint:
             logger.error("remedy: %s", hint)
         logger.error("exit code %d (%s): %s", ending.code, ending.name, ending.when)
-    _write_outcome(runtime, format_outcome(ending, message, hint, progress))
+    write_outcome(runtime, format_outcome(ending, message, hint, progress))
     return ending.code
 
 
-def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
+def _execute(command: str, runtime: RuntimeSettings, progress: Progress) -> tuple[ExitCode, str, str]:
     """Run a command; return how it ended, with message and hint."""
-    raise_on_stop_signals()
+    raise_on_stop_signals(partial(_say_last_words, runtime, progress))
     try:
         settings = load_settings()
         progress.output = settings.output.uri
@@ -231,43 +266,20 @@ def _execute(command: str, progress: Progress) -> tuple[ExitCode, str, str]:
         return ending, message, _HINTS[ending.code]
 
 
+def _say_last_words(runtime: RuntimeSettings, progress: Progress, name: str) -> None:
+    message = f"stopped at once by a second signal, {name}"
+    write_outcome(runtime, format_outcome(PREEMPTED, message, _HINTS[PREEMPTED.code], progress))
+
+
 def _explain(error: BaseException) -> tuple[ExitCode, str]:
     """Return the exit code that an exception means, and what there is to say of it."""
     if isinstance(error, JobError):
         return error.exit_code, error.message
     if isinstance(error, StopSignal):
         return PREEMPTED, f"stopped by {error}: nothing is published"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return RESOURCES, f"no space left on the disk: {error.filename}"
+    if is_disk_full(error):
+        return RESOURCES, f"no space left on the disk: {error}"
     return INTERNAL, f"{type(error).__name__}: {error}"
-
-
-def _write_outcome(runtime: RuntimeSettings, outcome: str) -> None:
-    asked_for = "termination_log" in runtime.model_fields_set
-    write_termination_log(runtime.termination_log, outcome, was_asked_for=asked_for)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """End with the code for wrong settings, where argparse would end with 2."""
-        hint = "`sft-job --help` lists the commands; all else is set by SFT_* variables"
-        _write_outcome(load_runtime_settings(), format_outcome(CONFIG, message, hint, Progress()))
-        self.print_usage(sys.stderr)
-        self.exit(CONFIG.code, f"{self.prog}: {message}\nremedy: {hint}\n")
-
-
-def _parse(arguments: Sequence[str] | None) -> str:
-    parser = _Parser(prog="sft-job", description="Fine-tune a language model with LoRA, as the SFT_* variables say.")
-    parser.add_argument("--version", action="version", version=f"sft-job {job.__version__}")
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="run",
-        choices=("run", "check", "schema"),
-        help="run (the default), check without training, or print the settings' JSON Schema",
-    )
-    command: str = parser.parse_args(arguments).command
-    return command
 
 
 def entrypoint() -> NoReturn:

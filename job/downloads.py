@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from job.errors import InternalError
 from job.log import format_bytes, logger, transfer_progress
 from job.manifest import hash_file
 from job.storage import Store, StoredFile
@@ -24,13 +25,17 @@ class FetchedFile:
 class Downloads:
     """A folder for some files of a store, with an index that says which version of each was fetched and verified.
 
-    Whatever else lies in the folder is deleted. Stores whose files lie elsewhere (see `Store.fetch`) leave it empty.
+    Whatever else lies in the folder is deleted, so that it must be one of the job's own. Stores whose files lie
+    elsewhere (see `Store.fetch`) leave it empty. Raises InternalError for a folder that somebody else has filled.
     """
 
     def __init__(self, folder: Path, store: Store, files: list[StoredFile]) -> None:
         self._folder = folder
         self._store = store
+        if not (folder / _INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
+            raise InternalError(f"{folder} holds files that the job has not put there")
         self._index = _read_index(folder / _INDEX)
+        self._write_index()
         self._delete_all_but({file.path for file in files if self._is_here(file)})
 
     def fetch(self, files: list[StoredFile], label: str) -> list[FetchedFile]:

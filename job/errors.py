@@ -8,6 +8,7 @@ never used on purpose, because it is what an uncaught Python error returns.
     |- DataError           65  the data can't be trained on
     |- NotFoundError       66  data, model or revision not found
     |- UnavailableError    69  a store, the Hub or a peer out of reach after retries
+    |  `- DamagedError         a file that isn't what it was when it was written
     |- InternalError       70  a bug in the job
     |- ResourcesError      71  out of GPU memory, host memory or disk
     |  `- OutOfMemoryError     where smaller steps may need less
@@ -49,7 +50,12 @@ INTERNAL = ExitCode(70, "internal", "a bug in the job", "retry")
 RESOURCES = ExitCode(
     71, "resources", "out of GPU memory, host memory or disk, after every smaller step was tried", "fail"
 )
-PREEMPTED = ExitCode(75, "preempted", "told to stop before it was done; start it again", "retry_uncounted")
+PREEMPTED = ExitCode(
+    75,
+    "preempted",
+    "told to stop; a start with the same settings goes on from the newest checkpoint",
+    "retry_uncounted",
+)
 DENIED = ExitCode(77, "denied", "credentials missing, refused or insufficient", "fail")
 CONFIG = ExitCode(78, "config", "a setting is wrong, unknown or impossible", "fail")
 DIVERGED = ExitCode(80, "diverged", "the loss became NaN or infinite, or exploded", "fail")
@@ -96,6 +102,10 @@ class UnavailableError(JobError):
     """A store, the Hub or a peer is out of reach, after retries."""
 
     exit_code = UNAVAILABLE
+
+
+class DamagedError(UnavailableError):
+    """A file in a store isn't what it was when it was written, however often it is fetched."""
 
 
 class InternalError(JobError):

@@ -2,6 +2,8 @@
 
 The parent writes the plan, the inputs and the segments of rows; the workers write the adapter, the metrics, the result
 and one outcome each.
+
+A checkpoint is a folder with these files; the parent adds its own when it puts it into the store.
 """
 
 import json
@@ -11,6 +13,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+SAVED_STEP = "saved.json"  # the SavedStep
+TRAINING_STATE = "training.json"  # numbers: trainer, scheduler, scaler, early stopping
+TENSORS = "tensors.safetensors"  # trained weights, optimizer, random number generators of every rank, best weights
+METRICS = "metrics.jsonl"  # what was logged up to that step
 MERGED = "merged"  # the folder, in the adapter's and in the slot, that holds the merged model
 
 
@@ -42,7 +48,7 @@ class WorkerInputs(BaseModel):
 
 class WorkerOutcome(BaseModel):
     """How one worker ended: an exit code of `job.errors`, at a moment (`time_s`, seconds since the epoch) and step.
-    `out_of_memory`: smaller steps may need less."""
+    `out_of_memory`: smaller steps may need less. `stopped`: at a StopRequest, together with all others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,6 +59,38 @@ class WorkerOutcome(BaseModel):
     step: int
     time_s: float
     out_of_memory: bool = False
+    stopped: bool = False
+
+
+class StopRequest(BaseModel):
+    """The parent's wish that training end at the next step, on all ranks: with a checkpoint, or, to `finish`, as if
+    that step were the last of the plan. `reason` for people: "SIGTERM"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: str
+    finish: bool = False
+
+
+class SavedStep(BaseModel):
+    """What the parent knows of a checkpoint that the workers have saved: after which step, by how many processes, and
+    how long they stood still for it, in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    world_size: int
+    save_s: float
+
+
+class Heartbeat(BaseModel):
+    """A sign of life of one worker: how many it has given, and the step that it is in. No beat comes before the model
+    is loaded; from then on each micro batch, trained or evaluated, is one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beats: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -104,12 +142,36 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         """One JSON object a line for each logged step (with its "loss") and each evaluation (with "eval_loss")."""
-        return self.root / "metrics.jsonl"
+        return self.root / METRICS
 
     @property
     def result(self) -> Path:
         """The final metrics, as JSON."""
         return self.root / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder in which rank 0 leaves checkpoints, each whole in a folder of its own, `step-00000042`."""
+        return self.root / "checkpoints"
+
+    @property
+    def resume(self) -> Path:
+        """The checkpoint to go on from; only rank 0 reads it. A run that starts at step 0 has none."""
+        return self.root / "resume"
+
+    @property
+    def stop_request(self) -> Path:
+        """The StopRequest, as JSON, once there is one."""
+        return self.root / "stop.json"
+
+    def heartbeat(self, rank: int) -> Path:
+        """Return the file for a rank's last Heartbeat."""
+        return self.root / f"heartbeat-{rank}.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Return the file to which a rank adds the stacks of its threads on SIGUSR1. Its first line is the process id,
+        once the process is prepared for the signal."""
+        return self.root / f"stacks-{rank}.txt"
 
     @property
     def launcher_log(self) -> Path:

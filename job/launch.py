@@ -9,10 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from job.errors import ERROR_BY_CODE, PREEMPTED, UNAVAILABLE, InternalError, JobError, OutOfMemoryError
+from job.errors import (
+    ERROR_BY_CODE,
+    PREEMPTED,
+    UNAVAILABLE,
+    InternalError,
+    JobError,
+    OutOfMemoryError,
+    PreemptedError,
+    UnavailableError,
+)
 from job.handover import RunFolder
 from job.launch_command import Rendezvous, launch_command, worker_environment
 from job.log import logger
@@ -20,24 +30,27 @@ from job.nodes.peers import Peers
 from job.plan import TrainPlan
 from job.processes import adopt_orphans, child_pids, die_with, end_descendants
 from job.stopping import acknowledge_stop
+from job.supervise import Supervisor
 
 GRACE_S = 10.0
 _LOG_TAIL_LINES = 40
-_POLL_S = 0.2
 _CONSEQUENCES = (UNAVAILABLE.code, PREEMPTED.code)
 
 
-def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers) -> None:
+def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor: Supervisor) -> None:
     """Run this node's part of the plan's worker processes on the files in `folder` until all have ended well.
 
     Raises the JobError that the first failing worker wrote down (OutOfMemoryError where a smaller plan may do);
-    InternalError or OutOfMemoryError for one that died without a word; UnavailableError when another node is lost, and
-    AttemptEndedError when its attempt has ended. No process is left when this returns or raises.
+    InternalError or OutOfMemoryError for one that died without a word; InternalError, or with several nodes
+    UnavailableError, for one that hangs; UnavailableError when another node is lost, AttemptEndedError when its attempt
+    has ended, and PreemptedError when the workers were told to stop. No process is left when this returns or raises,
+    and the last checkpoint is in the store, if there was time.
     """
     rendezvous = _agree_on_rendezvous(peers)
     adopt_orphans()
     spared = child_pids()
     oom_kills_before = count_oom_kills()
+    grace_s = GRACE_S
     try:
         with folder.launcher_log.open("wb") as launcher_log:
             # Rank 0 sends its stderr to the launcher's stdout, which is the job's stderr, so that it comes through
@@ -47,15 +60,33 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
                 stderr=launcher_log,
-                env=worker_environment(plan, rendezvous),
+                env=worker_environment(plan, rendezvous, shutdown_s=supervisor.grace_s),
                 start_new_session=True,  # Ctrl-C on a terminal reaches the job alone, which then ends the others
-                preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509 - only two system calls
+                preexec_fn=partial(_prepare_launcher, os.getpid()),  # noqa: PLW1509 - only three system calls
             )
-            returncode = _wait(launcher, peers)
+            returncode = supervisor.wait(launcher)
+    except PreemptedError:
+        grace_s = 0.0  # there is no time left
+        raise
     finally:
         acknowledge_stop()  # ending the workers may take longer than a reminder
-        end_descendants(spared=spared, grace_s=GRACE_S)
-    _raise_failure(plan, folder, peers, returncode, oom_killed=count_oom_kills() > oom_kills_before)
+        end_descendants(spared=spared, grace_s=grace_s)
+        supervisor.flush()
+    oom_killed = count_oom_kills() > oom_kills_before
+    try:
+        _raise_failure(plan, folder, peers, supervisor, returncode, oom_killed=oom_killed)
+    except (InternalError, UnavailableError) as failure:
+        if supervisor.is_stopping:  # who sends a signal to one process may send it to all
+            logger.warning("while stopping: %s", failure.message)
+            raise supervisor.preempted(None) from failure
+        raise
+
+
+def _prepare_launcher(job_pid: int) -> None:
+    # Where a platform sends SIGTERM to every process at once, the workers stop at the end of their step, and a launcher
+    # that dies of it would take them along. torchrun has a handler of its own.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with(job_pid)
 
 
 def _agree_on_rendezvous(peers: Peers) -> Rendezvous | None:
@@ -69,19 +100,21 @@ def _agree_on_rendezvous(peers: Peers) -> Rendezvous | None:
     return Rendezvous(peers.node_rank, peers.first_address, peers.exchange(port)[0], peers.interface)
 
 
-def _wait(launcher: subprocess.Popen[bytes], peers: Peers) -> int:
-    while True:
-        try:
-            return launcher.wait(timeout=_POLL_S)
-        except subprocess.TimeoutExpired:
-            peers.check()
-
-
-def _raise_failure(plan: TrainPlan, folder: RunFolder, peers: Peers, returncode: int, *, oom_killed: bool) -> None:
-    outcomes = folder.read_outcomes()
+def list_ranks(plan: TrainPlan, peers: Peers) -> range:
+    """Return the ranks of this node's workers."""
     first_rank = peers.node_rank * plan.processes
-    ranks = range(first_rank, first_rank + plan.processes)
-    silent = sorted(set(ranks) - {outcome.rank for outcome in outcomes})
+    return range(first_rank, first_rank + plan.processes)
+
+
+def _raise_failure(
+    plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor: Supervisor, returncode: int, *, oom_killed: bool
+) -> None:
+    outcomes = folder.read_outcomes()
+    silent = sorted(set(list_ranks(plan, peers)) - {outcome.rank for outcome in outcomes})
+    if outcomes and not silent and all(outcome.stopped for outcome in outcomes):
+        with suppress(UnavailableError):  # node 0 ends when its checkpoint is in the store
+            peers.wait_for_first_node(supervisor.left_s)
+        raise supervisor.preempted(outcomes[0].step)
     # The first failure is the cause; a lost peer, or being ended because of it, is never the cause where there is any
     # other, a silent death included.
     failed = sorted((o for o in outcomes if o.code != 0), key=lambda o: (o.code in _CONSEQUENCES, o.time_s))

@@ -1,5 +1,6 @@
 """The command and the environment that start the worker processes of one node."""
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ def _join(rendezvous: Rendezvous, plan: TrainPlan) -> list[str]:
     return options
 
 
-def worker_environment(plan: TrainPlan, rendezvous: Rendezvous | None = None) -> dict[str, str]:
-    """Return the environment of the workers."""
+def worker_environment(
+    plan: TrainPlan, rendezvous: Rendezvous | None = None, *, shutdown_s: float = 30.0
+) -> dict[str, str]:
+    """Return the environment of the workers, which get `shutdown_s` seconds to stop after a SIGTERM."""
     # The model is on the disk: workers need no credentials, so they get none. What another launcher (a training
     # operator, say) has set would make a single worker wait for peers.
     dropped = (*SECRET_VARIABLES, *_RENDEZVOUS)
@@ -66,6 +69,7 @@ def worker_environment(plan: TrainPlan, rendezvous: Rendezvous | None = None) ->
     environment["HF_HUB_OFFLINE"] = "1"  # everything was fetched before: a look-up now would be a mistake
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(shutdown_s))  # then torchrun sends SIGKILL
     if rendezvous is not None and rendezvous.interface:
         # Left to themselves, gloo takes what the host's own name resolves to, and NCCL any interface that is up.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

@@ -33,7 +33,7 @@ _PACKAGES = (
 _NOT_TRAINING = {
     "model": {"revision", "chat_template"},
     "data": {"uri", "eval_uri", "bad_rows", "max_bad_fraction", "max_dropped_fraction"},
-    "train": {"micro_batch_size", "gradient_checkpointing", "loss", "logging_steps"},
+    "train": {"micro_batch_size", "gradient_checkpointing", "loss", "logging_steps", "accept_partial"},
 }
 _TRAINING_GROUPS = ("model", "data", "lora", "quantization", "train")
 

@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from job.errors import ExitCode
 from job.log import logger, redact
+from job.settings_groups import RuntimeSettings
 
 _LIMIT_BYTES = 4096  # what the kubelet keeps of a termination log
 
@@ -40,9 +40,11 @@ def format_outcome(ending: ExitCode, message: str, hint: str, progress: Progress
     return text
 
 
-def write_termination_log(path: Path, text: str, *, was_asked_for: bool) -> None:
-    """Write the outcome; the default path only where the kubelet made it, since it lies in /dev."""
-    if not was_asked_for and not path.exists():
+def write_outcome(runtime: RuntimeSettings, text: str) -> None:
+    """Write the outcome to the termination log; the default path only where the kubelet made it, since it lies in
+    /dev."""
+    path = runtime.termination_log
+    if "termination_log" not in runtime.model_fields_set and not path.exists():
         return
     try:
         path.write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ from job.schedule import (
     warn_of_repeated_rows,
 )
 from job.settings import Settings
-from job.settings_groups import TrainSettings
+from job.settings_groups import CheckpointSettings, TrainSettings
 from job.support import Attention, Device, Engine, Quantization, why_not_paged_adamw
 
 _DEFAULT_GLOBAL_BATCH_SIZE = 8
@@ -101,6 +101,8 @@ class TrainPlan(BaseModel):
     eval_interval_steps: int | None  # None without early stopping
     seed: int
     logging_steps: int
+    checkpoint_every_steps: int | None  # either of the two is None
+    checkpoint_every_minutes: float | None
 
     memory: MemoryEstimate
 
@@ -153,6 +155,7 @@ def make_plan(settings: Settings, parallel: ParallelPlan, data: DataFacts) -> Tr
     _choose_learning(choices, settings.train, parallel.device)
     choose_what_fits(choices, settings, data.shape, parallel.available_bytes)
     _choose_early_stopping(choices, settings.train, data)
+    _choose_checkpoints(choices, settings.checkpoint)
     _warn(choices, settings.train, data.train_rows, parallel.world_size)
     return TrainPlan(**choices.values, sources=choices.sources, warnings=choices.warnings)
 
@@ -270,6 +273,20 @@ def _choose_early_stopping(choices: Choices, train: TrainSettings, data: DataFac
         )
     interval = count_steps_per_pass(data.train_rows, choices.values["global_batch_size"])
     choices.put("eval_interval_steps", interval, "one pass of the rows")
+
+
+def _choose_checkpoints(choices: Choices, checkpoint: CheckpointSettings) -> None:
+    choices.take("checkpoint_every_steps", checkpoint, "every_steps")
+    if checkpoint.every_steps is None:
+        choices.take("checkpoint_every_minutes", checkpoint, "every_minutes")
+        return
+    if is_given(checkpoint, "every_minutes"):
+        raise ConfigError(
+            f"SFT_CHECKPOINT__EVERY_STEPS={checkpoint.every_steps}, "
+            f"SFT_CHECKPOINT__EVERY_MINUTES={checkpoint.every_minutes:g}: only one of them can hold",
+            hint="leave one of them out",
+        )
+    choices.put("checkpoint_every_minutes", None, "SFT_CHECKPOINT__EVERY_STEPS")
 
 
 def _warn(choices: Choices, train: TrainSettings, train_rows: int, world_size: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from job.checkpoints.stored import CheckpointStore
 from job.data import NewToken
 from job.dataset import Dataset
 from job.handover import NewTokenInput, RunFolder, WorkerInputs
@@ -20,7 +21,8 @@ from job.storage import Store
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings, machine, inputs (the base model in `model_folder`), data set and plan of one run, and its slot."""
+    """Settings, machine, inputs (the base model in `model_folder`), data set and plan of one run, its slot and its
+    checkpoints' place."""
 
     settings: Settings
     hardware: Hardware
@@ -29,6 +31,7 @@ class Prepared:
     dataset: Dataset
     plan: TrainPlan
     slot: Store
+    checkpoints: CheckpointStore
 
     def write_down(self, folder: RunFolder, warnings: Sequence[str]) -> None:
         """Write plan and X-ray into a fresh folder."""

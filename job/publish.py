@@ -4,16 +4,22 @@ all it lists is there and whole."""
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 import job
+from job.checkpoints.stored import CHECKPOINTS, CheckpointStore
 from job.errors import ConfigError, UnavailableError
 from job.handover import MERGED, RunFolder
+from job.lease import Lease
 from job.log import format_bytes, logger
 from job.manifest import MANIFEST_NAME, hash_file, make_manifest
 from job.memory.found import forget_memory_found
+from job.patience import insist
 from job.prepared import Prepared
 from job.report import format_model_card
 from job.storage import Store, open_store
@@ -22,11 +28,22 @@ _SETTING = "SFT_OUTPUT__URI"
 _PLACEHOLDER = "{run_id}"
 _BAD_ROWS = "bad_rows.jsonl"  # of a run that ended because of them
 _QUARANTINE = "quarantine.jsonl"  # of a run that skipped them
+_UNLISTED = "checkpoint/unlisted.json"  # the names of files that may lie in the slot while no manifest lists them
+_NAMES = TypeAdapter(list[str])
+_UPLOADS = 3
 
 
 def open_slot(uri: str, run_id: str) -> Store:
     """Open the slot that an output URI names for a run."""
     return open_store(uri.replace(_PLACEHOLDER, run_id), setting=_SETTING)
+
+
+def open_checkpoints(uri: str | None, slot: Store, run_id: str) -> CheckpointStore:
+    """Open the place of a run's checkpoints, by default a folder in its slot."""
+    beside = f"{slot.uri.rstrip('/')}/{CHECKPOINTS}"
+    return CheckpointStore(
+        open_store(beside if uri is None else uri.replace(_PLACEHOLDER, run_id), setting="SFT_CHECKPOINT__URI")
+    )
 
 
 def check_slot(uri: str) -> None:
@@ -96,7 +113,7 @@ def _has_merged(manifest: Mapping[str, Any]) -> bool:
     return any(file["path"].startswith(f"{MERGED}/") for file in manifest["files"])
 
 
-def publish_run(prepared: Prepared, folder: RunFolder) -> None:
+def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
     """Lay everything that belongs to the trained adapter beside it, and publish it to the run's slot."""
     plan, inputs, metrics = prepared.plan, prepared.inputs, folder.read_result()
     _name_base_model(folder.adapter, plan.model_id, inputs.base_model.hub_revision)
@@ -122,7 +139,14 @@ def publish_run(prepared: Prepared, folder: RunFolder) -> None:
         files=sorted(path for path in folder.adapter.rglob("*") if path.is_file()),
         folder=folder.adapter,
     )
-    publish(prepared.slot, folder.adapter, manifest, overwrite=prepared.settings.output.overwrite)
+    publish(
+        prepared.slot,
+        folder.adapter,
+        manifest,
+        overwrite=prepared.settings.output.overwrite,
+        check_lease=lease.check,
+    )
+    prepared.checkpoints.clear()
     forget_memory_found(prepared.slot)
 
 
@@ -151,41 +175,92 @@ def _name_base_model(adapter_folder: Path, model_id: str, hub_revision: str | No
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def publish(slot: Store, folder: Path, manifest: dict[str, Any], *, overwrite: bool) -> None:
+def publish(
+    slot: Store, folder: Path, manifest: dict[str, Any], *, overwrite: bool, check_lease: Callable[[], None]
+) -> None:
     """Place the files that the manifest lists, from `folder`, then the manifest.
 
-    Raises ConfigError when another run was published there since this one began, and UnavailableError when a file reads
-    back differently. Up to the last moment the slot has no manifest, so a publication that breaks off is none.
+    Where the slot is out of reach it waits for minutes, and what reads back differently is written again. Up to the
+    last moment the slot has no manifest, so a publication that breaks off is none; its files are known to the next one,
+    which removes those that it doesn't replace. Raises ConfigError when another run was published there since this one
+    began, UnavailableError when a file reads back differently every time, and what `check_lease` raises, which is
+    called before each write.
     """
-    if is_already_published(slot, manifest["run_id"], overwrite=overwrite, merge=_has_merged(manifest)):
+    if insist(lambda: is_already_published(slot, manifest["run_id"], overwrite=overwrite, merge=_has_merged(manifest))):
         logger.warning("another start of this run was faster: it is published at %s", slot.uri)
         return
-    names = [file["path"] for file in manifest["files"]]
-    replaced = read_published(slot)
-    if replaced is not None:
-        slot.delete(MANIFEST_NAME)
-        for stale in {file["path"] for file in replaced["files"]} - set(names):
-            slot.delete(stale)
-    for name in names:
-        slot.put(folder / name, name)
-    _read_back(slot, {file["path"]: file["sha256"] for file in manifest["files"]}, folder.parent)
+    sha256_by_name = {file["path"]: file["sha256"] for file in manifest["files"]}
+    check_lease()
+    _remove_stale(slot, set(sha256_by_name), folder.parent)
+    damaged = list(sha256_by_name)
+    for _ in range(_UPLOADS):
+        for name in damaged:
+            check_lease()
+            insist(partial(slot.put, folder / name, name))
+        damaged = [name for name in damaged if not _reads_back(slot, name, sha256_by_name[name], folder.parent)]
+        if not damaged:
+            break
+        logger.warning("%s: %s read back differently from what was written", slot.uri, ", ".join(damaged))
+    else:
+        raise _differs(slot, damaged[0])
     manifest_path = folder / MANIFEST_NAME
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    slot.put(manifest_path, MANIFEST_NAME)
-    if slot.read(MANIFEST_NAME) != manifest_path.read_bytes():
-        slot.delete(MANIFEST_NAME)
-        raise UnavailableError(f"{slot.uri}: the manifest reads back differently from what was written")
+    _put_manifest(slot, manifest_path, check_lease)
+    insist(lambda: slot.delete(_UNLISTED))
     total_bytes = sum(file["bytes"] for file in manifest["files"])
-    logger.info("published %d files, %s, at %s", len(names) + 1, format_bytes(total_bytes), slot.uri)
+    logger.info("published %d files, %s, at %s", len(sha256_by_name) + 1, format_bytes(total_bytes), slot.uri)
 
 
-def _read_back(slot: Store, expected_sha256: dict[str, str], scratch: Path) -> None:
-    stored = [file for file in slot.find() if file.path in expected_sha256]
-    missing = set(expected_sha256) - {file.path for file in stored}
-    if missing:
-        raise UnavailableError(f"{slot.uri}: {min(missing)} was written, and isn't there")
-    for file in stored:  # one at a time, for the disk may not have room for a whole model once more
-        with tempfile.TemporaryDirectory(prefix="read-back-", dir=scratch) as folder:
-            [path] = slot.fetch([file], Path(folder), lambda _: None)
-            if hash_file(path) != expected_sha256[file.path]:
-                raise UnavailableError(f"{file.uri}: reads back differently from what was written")
+def _remove_stale(slot: Store, names: set[str], scratch: Path) -> None:
+    """Take the manifest of another run away, and then the files of others that this one doesn't replace.
+
+    Which files may lie there while no manifest lists them is written down first: a kill can come at any moment.
+    """
+    replaced = insist(lambda: read_published(slot))
+    listed = set() if replaced is None else {file["path"] for file in replaced["files"]}
+    content = insist(lambda: slot.read(_UNLISTED))
+    known = listed | _parse_names(content)
+    with tempfile.NamedTemporaryFile("w", dir=scratch, encoding="utf-8") as file:
+        file.write(json.dumps(sorted(known | names)) + "\n")
+        file.flush()
+        insist(lambda: slot.put(Path(file.name), _UNLISTED))
+    if replaced is not None:
+        insist(lambda: slot.delete(MANIFEST_NAME))
+    for stale in sorted(known - names):
+        insist(partial(slot.delete, stale))
+
+
+def _parse_names(content: bytes | None) -> set[str]:
+    try:
+        return set() if content is None else set(_NAMES.validate_json(content))
+    except ValidationError:
+        return set()  # not ours: then nothing is known of such files
+
+
+def _put_manifest(slot: Store, source: Path, check_lease: Callable[[], None]) -> None:
+    for _ in range(_UPLOADS):
+        check_lease()
+        insist(lambda: slot.put(source, MANIFEST_NAME))
+        if insist(lambda: slot.read(MANIFEST_NAME)) == source.read_bytes():
+            return
+        insist(lambda: slot.delete(MANIFEST_NAME))
+    raise _differs(slot, MANIFEST_NAME)
+
+
+def _reads_back(slot: Store, name: str, sha256: str, scratch: Path) -> bool:
+    # One file at a time, for the disk may not have room for a whole model once more.
+    with tempfile.TemporaryDirectory(prefix="read-back-", dir=scratch) as folder:
+        path = insist(lambda: _fetch_back(slot, name, Path(folder)))
+        return path is not None and hash_file(path) == sha256
+
+
+def _fetch_back(slot: Store, name: str, folder: Path) -> Path | None:
+    files = [file for file in slot.find() if file.path == name]
+    return slot.fetch(files, folder, lambda _: None)[0] if files else None
+
+
+def _differs(slot: Store, name: str) -> UnavailableError:
+    return UnavailableError(
+        f"{_SETTING}={slot.uri}: {name} reads back differently from what was written, {_UPLOADS} times over",
+        hint="the store, or what stands before it, damages what it is given: publish elsewhere, or start again",
+    )

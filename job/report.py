@@ -46,6 +46,7 @@ _LABELS = {
         "seed",
         "logging_steps",
     ),
+    "Checkpoints": ("checkpoint_every_minutes", "checkpoint_every_steps"),
 }
 _HELD = {"none": "as it is", "nf4": "in 4 bits (NF4, double quantisation)", "int8": "in 8 bits (LLM.int8)"}
 _NAME_WIDTH = max(len(name) for names in _LABELS.values() for name in names)

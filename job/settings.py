@@ -19,6 +19,7 @@ from pydantic_settings import (
 from job.errors import ConfigError
 from job.settings_fields import Group
 from job.settings_groups import (
+    CheckpointSettings,
     DataSettings,
     LoraSettings,
     ModelSettings,
@@ -52,6 +53,7 @@ class Settings(BaseSettings):
         "or in 8 (LLM.int8)",
     )
     train: TrainSettings = TrainSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     parallel: ParallelSettings = ParallelSettings()
     output: OutputSettings
     runtime: RuntimeSettings = RuntimeSettings()

@@ -174,6 +174,32 @@ class TrainSettings(Group):
         json_schema_extra=unit_of("steps"),
     )
 
+    accept_partial: bool = Field(
+        False,
+        description="When SFT_RUNTIME__MAX_HOURS is up, publish what was learned by then as the run's result",
+    )
+
+
+class CheckpointSettings(Group):
+    """What is kept in the store while training goes on."""
+
+    uri: OutputUri | None = Field(
+        None,
+        description="Where checkpoints go: s3://bucket/prefix or a folder; {run_id} is filled in; "
+        "else checkpoint/ in the output",
+    )
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
+        None,
+        description="Steps from one checkpoint to the next, instead of minutes",
+        json_schema_extra=unit_of("steps"),
+    )
+    every_minutes: float = Field(
+        5, gt=0, le=1440, description="Time from one checkpoint to the next", json_schema_extra=unit_of("minutes")
+    )
+    keep: int = Field(
+        2, ge=1, le=1000, description="Checkpoints that stay in the store", json_schema_extra=unit_of("checkpoints")
+    )
+
 
 class ParallelSettings(Group):
     """On how many processors and machines."""
@@ -229,4 +255,25 @@ class RuntimeSettings(Group):
     termination_log: Path = Field(
         Path("/dev/termination-log"),
         description="File for the outcome as JSON; the default is written only if it exists",
+    )
+    max_hours: Annotated[float, Field(gt=0, le=8760)] | None = Field(
+        None,
+        description="Stop after this time: with a checkpoint, for the next start to go on from, or see "
+        "SFT_TRAIN__ACCEPT_PARTIAL",
+        json_schema_extra=unit_of("hours"),
+    )
+    grace_seconds: float = Field(
+        30,
+        ge=1,
+        le=86_400,
+        description="Time between SIGTERM and SIGKILL, as the platform grants it (Kubernetes: "
+        "terminationGracePeriodSeconds)",
+        json_schema_extra=unit_of("seconds"),
+    )
+    hang_minutes: float = Field(
+        30,
+        gt=0,
+        le=1440,
+        description="End a run in which a worker takes longer for one micro batch",
+        json_schema_extra=unit_of("minutes"),
     )

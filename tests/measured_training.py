@@ -16,6 +16,7 @@ from typing import Any
 
 from job.handover import RunFolder, WorkerInputs
 from job.plan import TrainPlan
+from job.train.heartbeat import Pulse
 
 ROOT = Path(__file__).parent.parent
 _VOCABULARY_USED = 64
@@ -107,7 +108,7 @@ def _train_here(root: Path) -> Peak:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
     before_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    train(plan, inputs, folder, rank=0, remember_step=lambda _: None)
+    train(plan, inputs, folder, rank=0, remember_step=lambda _: None, pulse=Pulse(folder, rank=0))
     return Peak(before_bytes, folder.read_result()["peak_memory_bytes"])
 
 

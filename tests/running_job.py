@@ -72,7 +72,7 @@ class RunningJob:
     def worker(self, rank: int) -> psutil.Process:
         """Return the worker process of a rank."""
         workers = [process for process in self.descendants() if is_module(process, "job.train.worker")]
-        return next(process for process in workers if process.environ()["RANK"] == str(rank))
+        return next(process for process in workers if process.environ().get("RANK", "0") == str(rank))
 
     def launcher(self) -> psutil.Process:
         """Return the process of `accelerate launch`."""

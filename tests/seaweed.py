@@ -30,7 +30,7 @@ _libc = ctypes.CDLL(None)  # loaded here, not in the forked child, where only si
 
 
 class SeaweedFS:
-    """A running S3 server; use it as a context manager. `access_key` is an administrator's.
+    """A running S3 server; use it as a context manager. `access_key` and `second_access_key` are an administrator's.
 
     A second identity (`read_only_environment`) may read and list `READ_ONLY_BUCKET`, and nothing else.
     """
@@ -39,6 +39,8 @@ class SeaweedFS:
         self.folder = folder
         self.access_key = "admin" + secrets.token_hex(8)
         self.secret_key = secrets.token_hex(20)
+        self.second_access_key = "second" + secrets.token_hex(8)
+        self.second_secret_key = secrets.token_hex(20)
         self.read_only_access_key = "reader" + secrets.token_hex(8)
         self.read_only_secret_key = secrets.token_hex(20)
         self.endpoint = ""
@@ -151,7 +153,7 @@ class SeaweedFS:
                 cwd=self.folder,
                 # A bucket takes volumes of its own: seven at once, unless told, and the disk is soon "full" of them.
                 env=os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
-                preexec_fn=lambda: _die_with_parent(parent),  # noqa: PLW1509 - it calls the kernel and nothing else
+                preexec_fn=lambda: die_with_parent(parent),  # noqa: PLW1509 - it calls the kernel and nothing else
             )
         self._wait_until_ready()
 
@@ -160,7 +162,10 @@ class SeaweedFS:
             "identities": [
                 {
                     "name": "admin",
-                    "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
+                    "credentials": [
+                        {"accessKey": self.access_key, "secretKey": self.secret_key},
+                        {"accessKey": self.second_access_key, "secretKey": self.second_secret_key},
+                    ],
                     "actions": ["Admin", "Read", "Write", "List", "Tagging"],
                 },
                 {
@@ -203,7 +208,7 @@ def _probe(client: "S3Client") -> None:
     client.delete_object(Bucket=READ_ONLY_BUCKET, Key="ready")
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died between the fork and the call above
         os.kill(os.getpid(), signal.SIGKILL)

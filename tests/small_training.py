@@ -1,6 +1,7 @@
 """Small models with a vocabulary of 100, and training of them in this process, to look at every weight afterwards."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from job.handover import NewTokenInput, RunFolder, WorkerInputs
+from job.handover import NewTokenInput, RunFolder, StopRequest, WorkerInputs
 from job.plan import TrainPlan
 from job.train.dataset import PadRows, TokenRows, join_rows
 from job.train.evaluate import evaluate_loss
+from job.train.heartbeat import Pulse
 from job.train.run import train
 
 VOCABULARY = 100
@@ -53,11 +55,25 @@ def make_small_plan(plan_for: Callable[..., TrainPlan], **settings: object) -> T
 
 
 def train_here(
-    plan: TrainPlan, model: Path, root: Path, *, new_tokens: Sequence[NewTokenInput] = (), vocabulary: int = VOCABULARY
+    plan: TrainPlan,
+    model: Path,
+    root: Path,
+    *,
+    new_tokens: Sequence[NewTokenInput] = (),
+    vocabulary: int = VOCABULARY,
+    resume: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
-    """Train on random rows in which new tokens occur, and return the result; the adapter is in root/adapter."""
+    """Train on random rows in which new tokens occur, and return the result; the adapter is in root/adapter.
+
+    `resume` is a checkpoint to go on from, `stop` what is asked for from the beginning.
+    """
     folder = RunFolder(root)
     folder.adapter.mkdir(parents=True)
+    if resume is not None:
+        shutil.copytree(resume, folder.resume)
+    if stop is not None:
+        folder.stop_request.write_text(stop.model_dump_json())
     write_rows(root / "tokens.arrow", [token.id for token in new_tokens])
     segments = np.column_stack([np.arange(ROWS), np.zeros(ROWS), np.full(ROWS, 12)]).astype(np.int64)
     np.save(folder.train_rows, segments[: plan.train_rows])
@@ -75,7 +91,7 @@ def train_here(
     )
     # What accelerate set up for the training before, its precision above all, would stay as it is.
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    train(plan, inputs, folder, rank=0, remember_step=lambda _: None)
+    train(plan, inputs, folder, rank=0, remember_step=lambda _: None, pulse=Pulse(folder, rank=0))
     return folder.read_result()
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from job.checkpoints.stored import CHECKPOINTS
 from job.errors import JobError
 from job.hardware import Hardware
 from job.log import format_bytes, logger
@@ -15,7 +16,7 @@ from job.prepared import Prepared
 from job.storage import Store
 from job.support import Engine
 
-_PATH = "checkpoint/memory.json"
+_PATH = f"{CHECKPOINTS}/memory.json"
 
 
 class MemoryFound(BaseModel):

@@ -1,14 +1,13 @@
 """Training within the memory that there is: on out-of-memory, the same run again in smaller steps.
 
-The adapter is that of a run which took the smaller steps from the beginning. What was found is kept in the slot for a
-retry, until the adapter is published.
+Where there is a checkpoint it goes on from there. Else the adapter is that of a run which took the smaller steps from
+the beginning. What was found is kept in the slot for a retry, until the adapter is published.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from job.errors import ConfigError, OutOfMemoryError, ResourcesError
 from job.handover import RunFolder
-from job.launch import launch_workers
 from job.log import logger
 from job.memory.estimate import estimate_memory, pick_setup
 from job.memory.found import (
@@ -24,16 +23,18 @@ from job.plan import TrainPlan
 from job.prepared import Prepared
 
 
-def train_within_memory(prepared: Prepared, folder: RunFolder, peers: Peers) -> Prepared:
+def train_within_memory(
+    prepared: Prepared, folder: RunFolder, peers: Peers, attempt: Callable[[Prepared], None]
+) -> Prepared:
     """Train as planned, or in smaller steps until the memory suffices; return what was prepared with the plan that was
     carried out.
 
-    All nodes take the same steps. Raises ResourcesError when the smallest steps need too much, and what
-    `launch_workers` raises.
+    `attempt` trains what is handed over in the folder. All nodes take the same steps. Raises ResourcesError when the
+    smallest steps need too much, and what `attempt` raises but OutOfMemoryError.
     """
     prepared = _begin_where_a_start_left_off(prepared, folder, peers)
     tried = [prepared.plan]
-    shortage = _train(prepared, folder, peers)
+    shortage = _train(prepared, peers, attempt)
     while shortage is not None:
         smaller = take_smaller_step(prepared.plan)
         if smaller is None:
@@ -42,7 +43,7 @@ def train_within_memory(prepared: Prepared, folder: RunFolder, peers: Peers) -> 
         if peers.node_rank == 0:
             keep_memory_found(prepared)
         try:
-            shortage = _train(prepared, folder, peers)
+            shortage = _train(prepared, peers, attempt)
         except ConfigError as refusal:  # the plan before it was none: not every model's loss can be computed in chunks
             logger.warning("that is no way out: %s", refusal.message)
             break
@@ -70,11 +71,11 @@ def _hand_over_again(prepared: Prepared, folder: RunFolder, plan: TrainPlan) -> 
     return prepared.hand_over_again(folder, plan.model_copy(update={"memory": memory}))
 
 
-def _train(prepared: Prepared, folder: RunFolder, peers: Peers) -> OutOfMemoryError | None:
-    """Run the workers; return the error where memory ran out on any node."""
+def _train(prepared: Prepared, peers: Peers, attempt: Callable[[Prepared], None]) -> OutOfMemoryError | None:
+    """Make an attempt; return the error where memory ran out on any node."""
     shortage: OutOfMemoryError | None = None
     try:
-        launch_workers(prepared.plan, folder, peers)
+        attempt(prepared)
     except OutOfMemoryError as error:
         shortage = error
         logger.error("%s", shortage.message)

@@ -19,6 +19,7 @@ from job.settings_problems import DELIMITER, PREFIX
 
 _NOTHING = "nothing"
 _MOST_SHOWN = 10
+_NAMES_NO_RUN = (f"{PREFIX}OUTPUT{DELIMITER}", f"{PREFIX}PARALLEL{DELIMITER}", "the version of ")
 # Cores and memory may differ from node to node, and with them the notes.
 _NOT_SHARED = {"threads_per_process", "memory", "sources", "warnings"}
 
@@ -86,6 +87,25 @@ def refuse_differences(runs: Sequence[dict[str, Any]]) -> None:
     if others:
         raise ConfigError(message, hint="start every node with the same settings, from one image, on alike machines")
     raise DataError(message, hint="every node must read the same data; if it was being written, start all nodes again")
+
+
+def name_differences(run: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Say of what names a run (`make_run_id`) what it has, and what another one had in its place; both as
+    `describe_run` returns them."""
+    named = [
+        f"{name} is {run['values'].get(name, _NOTHING)}, and was {other['values'].get(name, _NOTHING)}"
+        for name in sorted(run["values"] | other["values"])
+        if run["values"].get(name) != other["values"].get(name) and not name.startswith(_NAMES_NO_RUN)
+    ]
+    if _contents(run["data"]) == _contents(other["data"]):
+        return named
+    known = {(file["setting"], file["uri"]): file for file in other["data"]}
+    for file in run["data"]:
+        before = known.pop((file["setting"], file["uri"]), None)
+        if before is None or _contents([before]) != _contents([file]):
+            named.append(f"{_name(file)}, and had {_NOTHING if before is None else _show(before)}")
+    named += [f"{file['setting']}={file['uri']} is no more among the data" for file in known.values()]
+    return named or ["the data come in another order"]
 
 
 def _compare(rank: int, run: dict[str, Any], first: dict[str, Any]) -> Iterator[str]:

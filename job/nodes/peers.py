@@ -65,7 +65,7 @@ class Peers:
         decide alike:
 
             try:
-                launch_workers(plan, folder, peers)
+                launch_workers(plan, folder, peers, supervisor)
             except OutOfMemoryError as error:
                 peers.interrupt(error.message)
             except AttemptEndedError:
@@ -83,10 +83,11 @@ class Peers:
         if self._link is not None:
             self._board.wait_for_trouble(self._round, _CAUSE_S)
 
-    def wait_for_first_node(self) -> None:
-        """Wait until node 0 has ended well. Raises UnavailableError when it, or another node, doesn't."""
+    def wait_for_first_node(self, timeout_s: float | None = None) -> None:
+        """Wait until node 0 has ended well, or the time is up. Raises UnavailableError when it, or another node,
+        doesn't."""
         if self.node_rank > 0:
-            self._board.wait(lambda: self._board.first_is_done)
+            self._board.wait(lambda: self._board.first_is_done, timeout_s)
 
     @property
     def first_address(self) -> str:

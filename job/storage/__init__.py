@@ -2,8 +2,8 @@
 
 A `Store` is opened on one URI. Reading: `find` lists what the URI names, `fetch` brings one file here, verified, and
 writes it under a temporary name before renaming it. Writing: the URI is a folder (a "slot"), into which `put` places
-one file at a time. boto3 is imported in s3.py and s3_client.py only, huggingface_hub in hub.py only, and only when a
-URI needs them.
+one file at a time. boto3 is imported in s3*.py only, huggingface_hub in hub.py only, and only when a URI
+needs them.
 """
 
 import hashlib
@@ -68,7 +68,23 @@ class Store(Protocol):
         ...
 
     def delete(self, path: str) -> None:
-        """Remove a file of the slot; one that isn't there is no error."""
+        """Remove a file of the slot, and the folders in the slot that it leaves empty; one that isn't there is no
+        error."""
+        ...
+
+    def read_version(self, path: str) -> tuple[bytes, str] | None:
+        """Return a small file of the slot, and what identifies this version of it; None where there is none.
+
+        The same content may have the same version, so whoever compares versions must never write the same twice.
+        """
+        ...
+
+    def swap(self, path: str, content: bytes, version: str | None) -> str | None:
+        """Write a small file of the slot if it still is of this version, or for None if there is none.
+
+        Return its new version, or None when another writer was faster. Of several writers at the same moment, in
+        whatever processes and on whatever machines, one is the first.
+        """
         ...
 
     def check_writable(self) -> None:

@@ -107,6 +107,14 @@ class HubStore:
         """Refuse."""
         self._refuse()
 
+    def read_version(self, path: str) -> tuple[bytes, str] | None:
+        """Refuse."""
+        self._refuse()
+
+    def swap(self, path: str, content: bytes, version: str | None) -> str | None:
+        """Refuse."""
+        self._refuse()
+
     def check_writable(self) -> None:
         """Refuse."""
         self._refuse()

@@ -1,16 +1,25 @@
 """Files on this machine: a file, a folder, or a glob. Nothing is copied for reading; a slot is a folder."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from job.errors import ConfigError, DeniedError, NotFoundError, UnavailableError
 from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
-from job.storage.paths import atomic_file, check_path, compile_pattern, disk_errors, is_pattern, pattern_folder
+from job.storage.paths import (
+    atomic_file,
+    check_path,
+    compile_pattern,
+    disk_errors,
+    is_pattern,
+    pattern_folder,
+)
 
 
 class LocalStore:
@@ -70,10 +79,8 @@ class LocalStore:
     def put(self, source: Path, path: str) -> None:
         """Copy a file into the slot; it appears there whole, and survives a power cut."""
         target = self.path / check_path(path, self.label)
-        with source.open("rb") as reader, disk_errors(target.parent, self.label):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(target) as writer:
-                shutil.copyfileobj(reader, writer, 2**20)
+        with source.open("rb") as reader, disk_errors(target.parent, self.label), atomic_file(target) as writer:
+            shutil.copyfileobj(reader, writer, 2**20)
 
     def read(self, path: str) -> bytes | None:
         """Return a file of the slot, or None where there is none."""
@@ -84,28 +91,47 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
+    def read_version(self, path: str) -> tuple[bytes, str] | None:
+        """Return a file of the slot with the sha256 of its content."""
+        content = self.read(path)
+        return None if content is None else (content, hashlib.sha256(content).hexdigest())
+
+    def swap(self, path: str, content: bytes, version: str | None) -> str | None:
+        """Make a file that isn't there, or replace one while it is locked."""
+        target = self.path / check_path(path, self.label)
+        with disk_errors(target.parent, self.label):
+            written = _create(target, content) if version is None else self._replace(path, content, version)
+        return hashlib.sha256(content).hexdigest() if written else None
+
+    def _replace(self, path: str, content: bytes, version: str) -> bool:
+        target = self.path / path
+        with _lock_file(target):
+            found = self.read_version(path)
+            if found is None or found[1] != version:
+                return False
+            with atomic_file(target) as writer:
+                writer.write(content)
+        return True
+
     def delete(self, path: str) -> None:
-        """Remove a file of the slot."""
+        """Remove a file of the slot, and the folders in the slot that are empty then."""
         target = self.path / check_path(path, self.label)
         with disk_errors(target.parent, self.label):
             try:
                 target.unlink(missing_ok=True)
             except NotADirectoryError:
                 return
+        _remove_empty(target.parents[: len(target.relative_to(self.path).parts) - 1])
 
     def check_writable(self) -> None:
         """Write an empty file into the slot and remove it, with the folders that were made for it."""
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            with disk_errors(self.path, self.label):
-                self.path.mkdir(parents=True, exist_ok=True)
-                with atomic_file(self.path / PROBE_NAME):
-                    pass
+            with disk_errors(self.path, self.label), atomic_file(self.path / PROBE_NAME):
+                pass
             self.delete(PROBE_NAME)
         finally:
-            for folder in missing:
-                if folder.exists():
-                    folder.rmdir()
+            _remove_empty(missing)
 
     def _match(self) -> tuple[list[StoredFile], str]:
         whole = str(self.path)
@@ -158,6 +184,53 @@ class LocalStore:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR):
                 raise NotFoundError(f"{self.label}: {place} is not there ({reason})", hint="check the path") from error
             raise UnavailableError(f"{self.label}: {place} can't be read ({reason})", hint="check the disk") from error
+
+
+def _create(target: Path, content: bytes) -> bool:
+    """Write a file, which appears whole; say whether there was none."""
+    try:
+        with atomic_file(target, replace=False) as stream:
+            stream.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def _lock_file(target: Path) -> Iterator[None]:
+    """Keep other processes from replacing a file for the block; nothing is locked where there is none.
+
+    The lock is on the file itself, so that none is left behind, and is tried anew where a waiter got that of a file
+    which was replaced meanwhile.
+    """
+    while True:
+        try:
+            stream = target.open("r+b")  # NFS locks nothing that is open for reading only
+        except (FileNotFoundError, NotADirectoryError):
+            yield
+            return
+        with stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if _is_still(stream, target):
+                yield
+                return
+
+
+def _is_still(stream: BinaryIO, target: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), target.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, each the parent of the one before it, up to the first that holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                return
 
 
 def _describe(path: Path, name: str) -> StoredFile:

@@ -1,5 +1,6 @@
 """Names and files on a disk, for every store: globs, safe relative paths, atomic writes, and a disk's errors."""
 
+import contextlib
 import errno
 import os
 import re
@@ -12,6 +13,7 @@ from typing import BinaryIO
 from job.errors import DataError, DeniedError, JobError, ResourcesError
 
 TEMPORARY_PREFIX = ".sft-part-"
+_FOLDER_TRIES = 10
 _WILDCARD = re.compile(r"[*?\[]")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -98,24 +100,55 @@ def disk_errors(folder: Path, label: str) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside the target, which becomes the target when all went well and vanishes if not."""
+def atomic_file(target: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """Open a temporary file beside the target, which becomes the target when all went well and vanishes if not.
+
+    Makes the folders. Raises FileExistsError where there is a target that it may not replace.
+    """
     temporary = target.with_name(TEMPORARY_PREFIX + secrets.token_hex(8))
     try:
-        with temporary.open("xb") as stream:
+        with _open_new(temporary) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(target)
+        if replace:
+            temporary.replace(target)
+        else:
+            _rename_unless_there(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
 
 
+def _rename_unless_there(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, as many network shares are
+        target.open("xb").close()
+        source.replace(target)
+    else:
+        source.unlink()
+
+
+def _open_new(path: Path) -> BinaryIO:
+    for _ in range(_FOLDER_TRIES):
+        # Another job may remove the folder, empty as it is, between any two of these calls, and within mkdir.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("xb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("xb")
+
+
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make names in a folder survive a power cut, unless another job has removed it with the last of them."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
     try:
         os.fsync(descriptor)
     finally:

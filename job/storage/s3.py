@@ -1,33 +1,28 @@
-"""Files in S3, or in any server that speaks its protocol: this module and s3_client.py import boto3.
+"""Files in S3, or in any server that speaks its protocol: this module, s3_client.py and s3_object.py import boto3.
 
-The endpoint and the credentials are those of the AWS default chain. Objects come in parts or ranges over several
-threads, each request pinned to the ETag that was listed, and the result is verified against that ETag.
+The endpoint and the credentials are those of the AWS default chain.
 """
 
-import hashlib
-import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto
-from urllib3.exceptions import HTTPError
 
 from job.errors import ConfigError, NotFoundError, UnavailableError
+from job.log import logger
 from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
 from job.storage.paths import check_path, compile_pattern, is_pattern, literal_prefix, pattern_folder
 from job.storage.s3_client import code_and_status, endpoint_of, open_client, reply_error, s3_errors
+from job.storage.s3_object import NoSuchKeyError, S3Object
 from job.storage.transfer import (
-    PIECE_BYTES,
     SEGMENT_BYTES,
     THREADS,
     TRIES,
     BrokenTransferError,
-    RestartTransferError,
     Segment,
     Task,
     download,
@@ -35,19 +30,7 @@ from job.storage.transfer import (
     run_tasks,
 )
 
-if TYPE_CHECKING:
-    from types_boto3_s3.type_defs import GetObjectOutputTypeDef
-
-_BROKEN_BODY = (
-    boto.IncompleteReadError,
-    boto.ReadTimeoutError,
-    boto.ResponseStreamingError,
-    HTTPError,
-    OSError,
-)
-_NO_PARTS = {"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented"}
 _UPLOAD = TransferConfig(multipart_threshold=SEGMENT_BYTES, multipart_chunksize=SEGMENT_BYTES, max_concurrency=THREADS)
-_MD5_ETAG = re.compile(r"([0-9a-f]{32})(?:-(\d{1,5}))?")
 
 
 class S3Store:
@@ -66,6 +49,7 @@ class S3Store:
         self.bucket = bucket
         self.label = f"{setting}={uri}"
         self.client = open_client(self.label)
+        self._has_conditions = True
 
     def find(self) -> list[StoredFile]:
         """List the object with this key, or else what the glob matches, or everything under the key as a folder."""
@@ -87,7 +71,7 @@ class S3Store:
     def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
         """Download the files into the folder, each verified against the ETag that `find` saw."""
         targets = [folder / check_path(file.path, self.label_of(file.uri)) for file in files]
-        download([(_S3Object(self, file), target) for file, target in zip(files, targets, strict=True)], progress)
+        download([(self._object(file), target) for file, target in zip(files, targets, strict=True)], progress)
         return targets
 
     def revision(self, files: list[StoredFile]) -> str:
@@ -111,17 +95,57 @@ class S3Store:
 
     def read(self, path: str) -> bytes | None:
         """Return an object of the slot, or None where there is none."""
+        found = self.read_version(path)
+        return None if found is None else found[0]
+
+    def read_version(self, path: str) -> tuple[bytes, str] | None:
+        """Return an object of the slot with its ETag."""
         uri = self._uri(self._slot_key(path))
+        wanted = self._object(StoredFile(uri, path, 0, ""))
         for tries in range(1, TRIES + 1):
             try:
-                pieces = _S3Object(self, StoredFile(uri, path, 0, "")).stream(Segment(0))
-                return b"".join(piece for _, piece in pieces)
-            except _NoSuchKeyError:
+                content = b"".join(piece for _, piece in wanted.stream(Segment(0)))
+            except NoSuchKeyError:
                 return None
             except BrokenTransferError as error:
                 reason = str(error)
                 time.sleep(retry_delay_s(tries))
-        raise UnavailableError(f"{self.label_of(uri)}: {reason}, {TRIES} times over", hint="try again later")
+            else:
+                return content, wanted.found_etag
+        raise UnavailableError(f"{wanted.label}: {reason}, {TRIES} times over", hint="try again later")
+
+    def swap(self, path: str, content: bytes, version: str | None) -> str | None:
+        """Put an object with If-Match or, for one that is new, If-None-Match.
+
+        A server that doesn't know them is warned of once, and overwrites.
+        """
+        key = self._slot_key(path)
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+        with s3_errors(self.label_of(self._uri(key)), self.client):
+            try:
+                return self._put_small(key, content, condition if self._has_conditions else {})
+            except boto.ClientError as error:
+                code, status = code_and_status(error)
+                if code == "NotImplemented":
+                    self._has_conditions = False
+                    logger.warning(
+                        "%s knows no conditional writes: two jobs on %s can't be kept apart there",
+                        endpoint_of(self.client),
+                        self.uri,
+                    )
+                    return self._put_small(key, content, {})
+                # 409: written just now by another; 404: If-Match on an object that is gone
+                if status not in (404, 409, 412) or code == "NoSuchBucket":
+                    raise
+        # A request whose answer was lost is sent again, and then meets what it wrote itself.
+        found = self.read_version(path)
+        return found[1] if found is not None and found[0] == content else None
+
+    def _put_small(self, key: str, content: bytes, condition: dict[str, Any]) -> str:
+        answer = self.client.put_object(
+            Bucket=self.bucket, Key=key, Body=content, ChecksumAlgorithm="SHA256", **condition
+        )
+        return answer["ETag"].strip('"')
 
     def delete(self, path: str) -> None:
         """Delete an object of the slot."""
@@ -133,7 +157,7 @@ class S3Store:
         """Put an empty object into the slot and delete it."""
         key = self._slot_key(PROBE_NAME)
         with s3_errors(self.label_of(self._uri(key)), self.client):
-            self.client.put_object(Bucket=self.bucket, Key=key, Body=b"", ChecksumAlgorithm="SHA256")
+            self._put_small(key, b"", {})
         self.delete(PROBE_NAME)
 
     def label_of(self, uri: str) -> str:
@@ -142,6 +166,9 @@ class S3Store:
 
     def _uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
+
+    def _object(self, file: StoredFile) -> S3Object:
+        return S3Object(self.client, self.bucket, file, label=self.label_of(file.uri))
 
     def _folder(self) -> str:
         return self.key if self.key in ("", "/") or self.key.endswith("/") else self.key + "/"
@@ -188,109 +215,3 @@ class S3Store:
             page = self.client.list_objects_v2(Bucket=self.bucket, Prefix=start, MaxKeys=3)
         keys = [self._uri(item["Key"]) for item in page.get("Contents", [])]
         return f"what is there begins with {', '.join(keys)}" if keys else f"no key starts with {start!r}; check it"
-
-
-class _NoSuchKeyError(NotFoundError):
-    """The one absence that `read` answers with None."""
-
-
-class _S3Object:
-    """One object to download: cut into its own parts, whose MD5s make up its ETag, or into ranges."""
-
-    def __init__(self, store: S3Store, file: StoredFile) -> None:
-        self.label = store.label_of(file.uri)
-        self.size_bytes = file.size_bytes
-        self._client = store.client
-        self._etag = file.etag
-        self._address = {"Bucket": store.bucket, "Key": file.uri.removeprefix(f"s3://{store.bucket}/")}
-        match = _MD5_ETAG.fullmatch(file.etag)
-        # Directory buckets (S3 Express) have ETags that look like MD5s and are not.
-        self._etag_is_md5 = match is not None and not store.bucket.endswith("--x-s3")
-        self._part_count = int(match[2]) if match and match[2] else 0
-        self._by_parts = self._part_count > 0
-        self._md5s: dict[int, bytes] = {}
-
-    def segments(self) -> list[Segment]:
-        """Cut by parts where the ETag counts some, else into ranges of 16 MiB; a small object is whole."""
-        if self._by_parts:
-            return [Segment(index, part_number=index + 1) for index in range(self._part_count)]
-        if self.size_bytes <= SEGMENT_BYTES:
-            return [Segment(0)]
-        starts = range(0, self.size_bytes, SEGMENT_BYTES)
-        return [Segment(i, start, min(SEGMENT_BYTES, self.size_bytes - start)) for i, start in enumerate(starts)]
-
-    def stream(self, segment: Segment) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of a segment, and remember its MD5."""
-        with s3_errors(self.label, self._client):
-            response = self._get(segment)
-        md5 = hashlib.md5(usedforsecurity=False)
-        with closing(response["Body"]) as body:
-            offset = self._check_answer(segment, response)
-            while True:
-                try:
-                    piece = body.read(PIECE_BYTES)
-                except boto.FlexibleChecksumError as error:
-                    raise BrokenTransferError("arrived damaged: not what its stored checksum says") from error
-                except _BROKEN_BODY as error:
-                    raise BrokenTransferError(f"the transfer broke off ({type(error).__name__})") from error
-                if not piece:
-                    break
-                md5.update(piece)
-                yield offset, piece
-                offset += len(piece)
-        self._md5s[segment.index] = md5.digest()
-
-    def verify(self, path: Path) -> None:
-        """Compare with the ETag, where it is an MD5 (of the MD5s of the parts)."""
-        if not self._etag_is_md5 or (self._part_count and not self._by_parts):
-            return
-        if self._part_count:
-            md5s = b"".join(self._md5s[index] for index in range(self._part_count))
-            etag = f"{hashlib.md5(md5s, usedforsecurity=False).hexdigest()}-{self._part_count}"
-        elif self.size_bytes <= SEGMENT_BYTES:
-            etag = self._md5s[0].hex()
-        else:
-            with path.open("rb") as stream:
-                etag = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if etag != self._etag:
-            raise BrokenTransferError("arrived damaged: its MD5 is not the ETag's")
-
-    def _get(self, segment: Segment) -> "GetObjectOutputTypeDef":
-        request: dict[str, Any] = dict(self._address)
-        if self._etag:
-            request["IfMatch"] = f'"{self._etag}"'
-        if segment.part_number:
-            request["PartNumber"] = segment.part_number
-        elif segment.size_bytes:
-            request["Range"] = f"bytes={segment.start}-{segment.start + segment.size_bytes - 1}"
-        else:
-            request["ChecksumMode"] = "ENABLED"  # botocore then verifies a stored checksum, if it knows the algorithm
-        try:
-            return self._client.get_object(**request)
-        except boto.ClientError as error:
-            code, _ = code_and_status(error)
-            if segment.part_number and code in _NO_PARTS:
-                self._by_parts = False
-                raise RestartTransferError from None
-            if code == "NoSuchKey" and self._etag:
-                raise UnavailableError(f"{self.label}: removed while being read", hint="start again") from None
-            if code == "NoSuchKey":
-                raise _NoSuchKeyError(f"{self.label}: no such object") from None
-            raise
-
-    def _check_answer(self, segment: Segment, response: "GetObjectOutputTypeDef") -> int:
-        """Return the offset at which the answer starts."""
-        if self._etag and response["ETag"].strip('"') != self._etag:
-            raise reply_error(self.label, endpoint_of(self._client), "PreconditionFailed", 200)
-        encryption = response.get("ServerSideEncryption", "")
-        if encryption.startswith("aws:kms") or response.get("SSECustomerAlgorithm"):
-            self._etag_is_md5 = False
-        if segment.part_number and self._part_count > 1 and response.get("PartsCount") != self._part_count:
-            # A server that ignores PartNumber. Where its parts begin can't be known, so the ETag can't be checked.
-            self._by_parts = False
-            raise RestartTransferError
-        match = re.match(r"bytes (\d+)-", response.get("ContentRange", "bytes 0-"))
-        start = int(match[1]) if match else 0
-        if segment.size_bytes and start != segment.start:
-            raise BrokenTransferError(f"bytes from {start} came instead of those from {segment.start}")
-        return start

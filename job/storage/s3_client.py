@@ -20,7 +20,7 @@ from botocore.config import Config
 from botocore.loaders import Loader, create_loader
 
 from job.errors import ConfigError, DeniedError, InternalError, JobError, NotFoundError, UnavailableError
-from job.storage.transfer import THREADS
+from job.storage.transfer import THREADS, retry_delay_s
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -63,7 +63,10 @@ _REPLIES: dict[str, tuple[type[JobError], str, str]] = {
     "PreconditionFailed": (UnavailableError, "changed while being read", "start again when nobody writes there"),
 }
 _LATER = "try again later"
-_BUSY = {"SlowDown", "RequestTimeout", "RequestTimeoutException", "TooManyRequests", "OperationAborted", "BadDigest"}
+_DAMAGED_HINT = "something on the way changes what is sent; try again later"
+_BUSY = {"SlowDown", "RequestTimeout", "RequestTimeoutException", "TooManyRequests", "OperationAborted"}
+# What arrived is not what was sent. botocore takes that for the caller's fault, and doesn't send it again.
+_DAMAGED_UPLOAD = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
 _CODE = re.compile(r"[A-Za-z0-9.]{1,60}")
 
 
@@ -74,6 +77,8 @@ def reply_error(label: str, endpoint: str, code: str, status: int) -> JobError:
     if code in _REPLIES:
         kind, what, hint = _REPLIES[code]
         return kind(f"{label}: {what} {suffix}", hint=hint)
+    if code in _DAMAGED_UPLOAD:
+        return UnavailableError(f"{label}: what was sent arrived damaged {suffix}", hint=_DAMAGED_HINT)
     if code in _BUSY or "Throttl" in code or status == 429 or status >= 500:
         return UnavailableError(f"{label}: the server can't answer now {suffix}", hint=_LATER)
     if status in (401, 403):
@@ -102,9 +107,18 @@ def open_client(label: str) -> "S3Client":
             style = core.get_scoped_config().get("s3", {}).get("addressing_style", "path")
             client.close()
             client = session.client("s3", region_name=region, config=_config(style))
+        client.meta.events.register("needs-retry.s3", _retry_damaged_upload)
         endpoint_of(client)  # a port that is no number shows here
         opened: S3Client = client
     return opened
+
+
+def _retry_damaged_upload(response: tuple[Any, dict[str, Any]] | None, attempts: int, **_: object) -> float | None:
+    """Return after how many seconds to send a request again, for botocore; None where that is not this one's matter."""
+    if response is None or attempts >= ATTEMPTS:
+        return None
+    code = response[1].get("Error", {}).get("Code")
+    return retry_delay_s(attempts) if code in _DAMAGED_UPLOAD else None
 
 
 @cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
-from job.errors import UnavailableError
+from job.errors import DamagedError, UnavailableError
 from job.storage import Progress
 from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_folder
 
@@ -31,6 +31,10 @@ Task = Callable[[], "list[Task]"]  # does one thing, and returns what is to be d
 
 class BrokenTransferError(Exception):
     """Bytes that did not arrive whole or right: worth another try."""
+
+
+class DamagedTransferError(BrokenTransferError):
+    """Bytes that arrived whole, and are not those that were written."""
 
 
 class _AbandonedError(Exception):
@@ -234,7 +238,8 @@ class _Download:
 
     def _wait_or_give_up(self, tries: int, error: BrokenTransferError) -> None:
         if tries >= TRIES:
-            raise UnavailableError(
+            kind = DamagedError if isinstance(error, DamagedTransferError) else UnavailableError
+            raise kind(
                 f"{self.source.label}: {error}, {tries} times over",
                 hint="the network or the store damages what it sends; try again later",
             )

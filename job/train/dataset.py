@@ -1,6 +1,7 @@
 """Rows of token ids for training: memory-mapped, in an order that depends on seed and batch size alone, and joined
 into micro batches with or without padding."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -86,22 +87,23 @@ class StreamSampler(Sampler[int]):
     """Row indices for a whole run: one shuffled pass after the other, cut at `steps` x `global_batch_size`.
 
     Step s learns from positions s * global_batch_size onwards, however many processes share them; the last step is
-    filled from the next pass.
+    filled from the next pass. A run that goes on begins after `start_step` steps, where another has stopped.
     """
 
-    def __init__(self, rows: int, *, steps: int, global_batch_size: int, seed: int) -> None:
+    def __init__(self, rows: int, *, steps: int, global_batch_size: int, seed: int, start_step: int = 0) -> None:
         self._rows = rows
-        self._length = steps * global_batch_size
+        self._start = start_step * global_batch_size
+        self._stop = steps * global_batch_size
         self._seed = seed
 
     def __len__(self) -> int:
-        return self._length
+        return self._stop - self._start
 
     def __iter__(self) -> Iterator[int]:
-        for position in range(0, self._length, self._rows):
-            generator = np.random.default_rng([self._seed, position // self._rows])
-            order = generator.permutation(self._rows)
-            yield from order[: self._length - position].tolist()
+        for number in range(self._start // self._rows, math.ceil(self._stop / self._rows)):
+            order = np.random.default_rng([self._seed, number]).permutation(self._rows)
+            position = number * self._rows  # of this pass
+            yield from order[max(0, self._start - position) : self._stop - position].tolist()
 
 
 def _labels_of(row: Row) -> torch.Tensor:

@@ -3,6 +3,10 @@
 Several ways to ask accelerate for processes, ZeRO or FSDP give something smaller, and none of them says so.
 """
 
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -15,6 +19,7 @@ from job.log import logger
 from job.plan import TrainPlan
 from job.support import uses_deepspeed
 
+_NEVER = timedelta(days=7)  # longer than any SFT_RUNTIME__HANG_MINUTES
 _ZERO_STAGES = {"zero2": 2, "zero3": 3}
 
 
@@ -37,6 +42,17 @@ def check_promises(plan: TrainPlan, trainer: transformers.Trainer) -> None:
         raise InternalError(f"the plan promised {promised}; the run has {actual}")
     if not trainer.model_accepts_loss_kwargs:
         logger.warning("this architecture averages the loss by micro batch, so long answers weigh less than planned")
+
+
+def leave_hangs_to_the_job() -> None:
+    """Have no collective time out by itself: the job's watchdog ends a run that hangs, and says where it does.
+
+    PyTorch's own limits, 10 minutes for NCCL and 30 for gloo, know of no slow step and no long save on one rank.
+    Call it once the engine has prepared the model: DeepSpeed makes process groups of its own.
+    """
+    # There is no public way: use_cpu ignores the Trainer's ddp_timeout, and DeepSpeed's groups have the default.
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(_NEVER, group)
 
 
 def _name_promised(plan: TrainPlan) -> str:
@@ -71,6 +87,21 @@ def check_prepared(plan: TrainPlan, prepared: nn.Module) -> None:
         is_kept = isinstance(prepared, DistributedDataParallel) == (plan.world_size > 1)
     if not is_kept:
         raise InternalError(f"the plan promised {plan.engine}, and the model is trained as {type(prepared).__name__}")
+
+
+def settle_gradient_buckets(plan: TrainPlan, trainer: transformers.Trainer, batch: dict[str, torch.Tensor]) -> None:
+    """Have DDP sum gradients in the order in which it does from a run's second step on.
+
+    It arranges them anew after the first backward pass, by when each was ready. Among three processes and more, the
+    place of a gradient decides in which order it is summed, and so its last bit. The batch is one of training; nothing
+    is learned from it, but random numbers are drawn.
+    """
+    if plan.engine != "ddp" or plan.world_size < 3:
+        return
+    model = trainer.model_wrapped
+    model.train()
+    model(**{name: values.to(plan.device) for name, values in batch.items()}).loss.backward()
+    model.zero_grad()
 
 
 def callable_model(plan: TrainPlan, trainer: transformers.Trainer) -> nn.Module:

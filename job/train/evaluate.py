@@ -1,6 +1,7 @@
 """The held-out loss, shared among all processes."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,18 @@ from job.train.loss import sum_losses
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, rows: TokenRows, plan: TrainPlan, collate: Collate, *, rank: int) -> float:
+def evaluate_loss(
+    model: nn.Module,
+    rows: TokenRows,
+    plan: TrainPlan,
+    collate: Collate,
+    *,
+    rank: int,
+    beat: Callable[[], None] = lambda: None,
+) -> float:
     """Return the mean loss per supervised token over the rows, in nats, shared among the processes.
 
-    Each process must call it; all get the same number.
+    Each process must call it; all get the same number. `beat` is called after each micro batch.
     """
     device = torch.device(plan.device)
     sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
@@ -31,6 +40,7 @@ def evaluate_loss(model: nn.Module, rows: TokenRows, plan: TrainPlan, collate: C
         loss = sum_losses(model, batch, labels, plan)
         if indices:
             sums += torch.tensor([loss.item(), (labels[:, 1:] != IGNORED).sum().item()], dtype=torch.float64)
+        beat()
     model.train(was_training)
     if plan.world_size > 1:
         sums = sums.to(device)

@@ -1,4 +1,4 @@
-"""Whole weights out of a model that an engine has split among the processes.
+"""Whole weights out of, and into, a model that an engine has split among the processes.
 
 Everything here is collective: all processes must call it, in the same order.
 """
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from job.errors import InternalError
@@ -19,10 +19,18 @@ from job.support import Engine, uses_deepspeed
 @torch.no_grad()
 def gather_trained(model: PeftModel, engine: Engine) -> dict[str, torch.Tensor]:
     """Return copies of all trained weights, whole and in float32, in host memory, by the names of the parameters."""
-    return {name: _gather(name, weight, engine) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = find_trained(model)
+    return {name: gather_one(name, weight, engine).to("cpu", copy=True) for name, weight in trained.items()}
 
 
-def _gather(name: str, weight: nn.Parameter, engine: Engine) -> torch.Tensor:
+def find_trained(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Return what is trained, by name, as the engine has split it."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@torch.no_grad()
+def gather_one(name: str, weight: nn.Parameter, engine: Engine) -> torch.Tensor:
+    """Return a trained weight, whole and in float32, wherever it lies; it may be the very one that is trained."""
     whole: torch.Tensor | None = weight
     if uses_deepspeed(engine):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -33,7 +41,21 @@ def _gather(name: str, weight: nn.Parameter, engine: Engine) -> torch.Tensor:
         whole = weight.full_tensor()
     if whole is None:
         raise InternalError(f"DeepSpeed doesn't train {name}")
-    return whole.detach().to("cpu", torch.float32, copy=True)
+    return whole.detach().float()
+
+
+@torch.no_grad()
+def replace_one(weight: nn.Parameter, whole: torch.Tensor, engine: Engine) -> None:
+    """Put another value, float32, whole and on the device, in the place of a trained weight."""
+    if isinstance(weight, DTensor):
+        weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements))
+        return
+    with held_whole([weight], to_write=True):
+        weight.copy_(whole)
+    if uses_deepspeed(engine):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(weight, whole)  # what the optimizer steps
 
 
 @torch.no_grad()

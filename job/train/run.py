@@ -1,4 +1,5 @@
-"""What a worker does, top to bottom: model loaded, promises checked, evaluated, trained, evaluated again, saved."""
+"""What a worker does, top to bottom: model loaded, promises checked, checkpoint restored or base model evaluated,
+trained, evaluated again, saved."""
 
 import json
 from collections.abc import Callable
@@ -11,30 +12,50 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from job.errors import InternalError
+from job.errors import InternalError, PreemptedError
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import save_adapter
+from job.train.beats import Beats
+from job.train.checkpoint import Checkpoints
+from job.train.checkpoint_files import open_checkpoint
 from job.train.chunked_loss import check_loss_can_be_chunked, chunk_loss
 from job.train.dataset import PadRows, TokenRows, join_rows
 from job.train.early_stopping import EarlyStopping
-from job.train.engine import callable_model, check_prepared, check_promises, prepare_engine
+from job.train.engine import (
+    callable_model,
+    check_prepared,
+    check_promises,
+    leave_hangs_to_the_job,
+    prepare_engine,
+    settle_gradient_buckets,
+)
 from job.train.evaluate import evaluate_loss
 from job.train.gather import gather_trained
+from job.train.heartbeat import Pulse
 from job.train.liger import check_liger_serves
+from job.train.metrics import StepMetrics
 from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
 from job.train.out_of_memory import no_smaller_step_helps
 from job.train.peak_memory import compare_with_estimate, measure_peak
-from job.train.trainer import StepMetrics, StreamTrainer, training_arguments
+from job.train.stepping import StepControl
+from job.train.trainer import StreamTrainer, training_arguments
 
 
 def train(
-    plan: TrainPlan, inputs: WorkerInputs, folder: RunFolder, *, rank: int, remember_step: Callable[[int], None]
+    plan: TrainPlan,
+    inputs: WorkerInputs,
+    folder: RunFolder,
+    *,
+    rank: int,
+    remember_step: Callable[[int], None],
+    pulse: Pulse,
 ) -> None:
-    """Train as planned and, on rank 0, write adapter and result into the folder.
+    """Train as planned, from the checkpoint in the folder if there is one, and on rank 0 write adapter and result.
 
-    Raises JobError for what went wrong in a way that was foreseen.
+    Raises JobError for what went wrong in a way that was foreseen; PreemptedError when it was told to stop, and has
+    saved a checkpoint.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -43,59 +64,79 @@ def train(
     train_rows = TokenRows(inputs.train_tokens, np.load(folder.train_rows))
     eval_rows = TokenRows(inputs.eval_tokens or inputs.train_tokens, np.load(folder.eval_rows))
 
-    metrics = StepMetrics(
-        plan,
-        folder.metrics,
-        rank=rank,
-        rows=train_rows,
-        names=inputs.train_names,
-        remember_step=remember_step,
-    )
+    metrics = StepMetrics(plan, folder.metrics, rank=rank, rows=train_rows, names=inputs.train_names)
     collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
 
     say("loading the base model")
     prepare_engine(plan)
     arguments = training_arguments(plan, folder.root / "scratch")  # starts the process group
+    checkpoint = open_checkpoint(folder.resume, plan, rank=rank)
     with no_smaller_step_helps():  # the Trainer moves the model to its device
         model = _load(plan, inputs)
         trainer = StreamTrainer(
-            plan, model=model, args=arguments, train_dataset=train_rows, data_collator=collate, callbacks=[metrics]
+            plan,
+            start_step=0 if checkpoint is None else checkpoint.state.step,
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            data_collator=collate,
+            callbacks=[Beats(pulse)],
         )
     trainer.remove_callback(transformers.PrinterCallback)
     check_promises(plan, trainer)
     trainable, total = model.get_nb_trainable_parameters()
-    result: dict[str, float | int] = {"trainable_parameters": trainable, "total_parameters": total}
+    result: dict[str, Any] = {"trainable_parameters": trainable, "total_parameters": total}
 
     def evaluate() -> float:
-        return evaluate_loss(callable_model(plan, trainer), eval_rows, plan, collate, rank=rank)
-
-    def look_first() -> None:
-        check_prepared(plan, trainer.model_wrapped)
-        _prove(plan, callable_model(plan, trainer), train_rows)
-        if plan.eval_rows:
-            # A fresh adapter adds nothing, so this is the base model's.
-            result["eval_loss_base"] = evaluate()
-            say("held-out loss of the base model: %.4f", result["eval_loss_base"])
-        say("training")
-        metrics.start_clock()
+        return evaluate_loss(callable_model(plan, trainer), eval_rows, plan, collate, rank=rank, beat=pulse.beat)
 
     gather = partial(gather_trained, model, plan.engine)
     stopping = _early_stopping(plan, evaluate, gather, metrics)
-    if stopping is not None:
-        trainer.add_callback(stopping)
+    checkpoints = Checkpoints(plan, folder, model, trainer, metrics, stopping, rank=rank)
+    control = StepControl(
+        plan, folder, metrics, stopping, rank=rank, remember_step=remember_step, save=checkpoints.save
+    )
+
+    def look_first() -> None:
+        leave_hangs_to_the_job()
+        pulse.beat()
+        check_prepared(plan, trainer.model_wrapped)
+        if checkpoint is not None:
+            trainer.count_from_start_step()
+            settle_gradient_buckets(plan, trainer, collate([train_rows[0]]))
+            control.before_first_step = checkpoints.restore(checkpoint)
+        _prove(plan, callable_model(plan, trainer), train_rows)
+        pulse.beat()
+        if checkpoint is not None:
+            checkpoints.say_how_exact(checkpoint.state)
+        elif plan.eval_rows:
+            # A fresh adapter adds nothing, so this is the base model's.
+            checkpoints.eval_loss_base = evaluate()
+            say("held-out loss of the base model: %.4f", checkpoints.eval_loss_base)
+        say("training")
+        metrics.start_clock()
+
+    trainer.add_callback(control)
     trainer.add_callback(_OnBegin(look_first))
-    trained = trainer.train()
-    result |= metrics.summarize(trained.global_step) | {"train_loss": trained.training_loss} | measure_peak(plan)
+    steps = trainer.train().global_step
+    if control.stopped:
+        raise PreemptedError(f"stopped after step {steps} of {plan.steps}")
+    result |= metrics.summarize(steps) | measure_peak(plan)
     metrics.check_not_exploded()
-    if trained.global_step != plan.steps and not (stopping is not None and stopping.stopped_early):
-        raise InternalError(f"training ended after {trained.global_step} of {plan.steps} steps")
+    is_early = control.finished_by is not None or (stopping is not None and stopping.stopped_early)
+    if steps != plan.steps and not is_early:
+        raise InternalError(f"training ended after {steps} of {plan.steps} steps")
 
     if stopping is not None:
         result |= {"best_step": stopping.best_step, "stopped_early": stopping.stopped_early}
-    if plan.eval_rows:
+    if control.finished_by is not None:
+        result["stopped_by"] = control.finished_by
+    if checkpoints.eval_loss_base is not None:
+        result["eval_loss_base"] = checkpoints.eval_loss_base
         result["eval_loss"] = evaluate() if stopping is None else stopping.best_loss
         say("held-out loss: %.4f before, %.4f after", result["eval_loss_base"], result["eval_loss"])
     weights = gather() if stopping is None else stopping.best_weights
+    pulse.beat()
     save_adapter(model, weights, folder.adapter, rank=rank)
     if rank == 0:
         compare_with_estimate(plan, int(result["peak_memory_bytes"]))
@@ -138,6 +179,7 @@ def _early_stopping(
     if plan.early_stopping_patience is None or plan.eval_interval_steps is None:
         return None
     return EarlyStopping(
+        steps=plan.steps,
         interval_steps=plan.eval_interval_steps,
         patience=plan.early_stopping_patience,
         evaluate=evaluate,

@@ -17,11 +17,17 @@ from typing import NoReturn
 
 import psutil
 
+from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, UNAVAILABLE, JobError
 from job.handover import RunFolder, WorkerInputs, WorkerOutcome, write_whole
 from job.log import logger, redact, setup_logging
 from job.plan import TrainPlan
 from job.processes import die_with_parent
+from job.train.heartbeat import Pulse, dump_stacks_when_asked
+
+_STOP_REQUEST_S = 2.0  # the job may have got the signal a moment later
+
+_RESERVE_BYTES = 65_536
 
 
 def main(folder: RunFolder, job_pid: int) -> int:
@@ -30,10 +36,12 @@ def main(folder: RunFolder, job_pid: int) -> int:
     if psutil.Process(os.getppid()).ppid() != job_pid:  # the launcher died before the line above
         return INTERNAL.code
     rank = int(os.environ.get("RANK", "0"))
+    dump_stacks_when_asked(folder.stacks(rank))
     _leave_word_on_sigterm(folder, rank)
     _redirect_output(folder, rank)
     inputs = WorkerInputs.model_validate_json(folder.inputs.read_bytes())
     setup_logging(inputs.log_format, inputs.log_level)
+    reserve = folder.root / f"reserve-{rank}"  # its room is for the outcome, should the disk be full
     step = 0
 
     def remember_step(finished: int) -> None:
@@ -43,12 +51,17 @@ def main(folder: RunFolder, job_pid: int) -> int:
     def train_as_planned() -> None:
         from job.train.run import train  # torch and transformers, seconds
 
+        reserve.write_bytes(bytes(_RESERVE_BYTES))
         plan = TrainPlan.model_validate_json(folder.plan.read_bytes())
-        train(plan, inputs, folder, rank=rank, remember_step=remember_step)
+        train(plan, inputs, folder, rank=rank, remember_step=remember_step, pulse=Pulse(folder, rank=rank))
 
-    outcome = carry_out(train_as_planned, rank=rank).model_copy(update={"step": step})
+    outcome = carry_out(train_as_planned, rank=rank)
+    stopped = outcome.code == PREEMPTED.code
+    outcome = outcome.model_copy(update={"step": step, "stopped": stopped})
+    reserve.unlink(missing_ok=True)
     write_whole(folder.outcome(rank), outcome.model_dump_json())
-    return outcome.code
+    # All stop at the same step, but not at the same moment, and the launcher ends the others when one has failed.
+    return OK.code if stopped else outcome.code
 
 
 def carry_out(action: Callable[[], None], *, rank: int) -> WorkerOutcome:
@@ -61,7 +74,8 @@ def carry_out(action: Callable[[], None], *, rank: int) -> WorkerOutcome:
         code, message, hint = error.exit_code.code, error.message, error.hint
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent must learn of it
         code, message, hint, out_of_memory = _explain(error)
-        logger.error("%s", redact(traceback.format_exc()))
+        if not is_disk_full(error):
+            logger.error("%s", redact(traceback.format_exc()))
     return WorkerOutcome(
         rank=rank, code=code, message=message, hint=hint, step=0, time_s=time.time(), out_of_memory=out_of_memory
     )
@@ -77,24 +91,38 @@ def _mute_libraries() -> None:
 
 
 def _leave_word_on_sigterm(folder: RunFolder, rank: int) -> None:
-    """On SIGTERM, write an outcome and end.
+    """On SIGTERM, write an outcome and end, unless the job has been told to stop or is within two seconds.
 
-    When a worker dies, torchrun ends the others in this way, which must not look as if they had died like it. A thread
-    waits for the signal, because Python's handlers wait for the main thread, and that may be deep in a CUDA or gloo
-    call.
+    When a worker dies, torchrun ends the others in this way, which must not look as if they had died like it. But a
+    platform may send the signal to every process at once: then the job makes a StopRequest of it, and the signal
+    itself is of no account, for all processes must stop at the same step. A thread waits for the signal, because
+    Python's handlers wait for the main thread, and that may be deep in a CUDA or gloo call.
     """
 
     def wait_for_it() -> NoReturn:
-        signal.sigwait({signal.SIGTERM})
-        outcome = WorkerOutcome(
-            rank=rank, code=PREEMPTED.code, message="ended by SIGTERM", hint="", step=0, time_s=time.time()
-        )
-        if not folder.outcome(rank).exists():  # else it has failed by itself, and is on its way out
-            write_whole(folder.outcome(rank), outcome.model_dump_json())
-        os._exit(PREEMPTED.code)
+        while True:
+            signal.sigwait({signal.SIGTERM})
+            if _appears(folder.stop_request, within_s=_STOP_REQUEST_S):
+                continue
+            outcome = WorkerOutcome(
+                rank=rank, code=PREEMPTED.code, message="ended by SIGTERM", hint="", step=0, time_s=time.time()
+            )
+            if not folder.outcome(rank).exists():  # else it has failed by itself, and is on its way out
+                write_whole(folder.outcome(rank), outcome.model_dump_json())
+            os._exit(PREEMPTED.code)
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher may ignore it, and what is ignored can't be waited for
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit it
     threading.Thread(target=wait_for_it, name="sigterm", daemon=True).start()
+
+
+def _appears(path: Path, *, within_s: float) -> bool:
+    until_s = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _redirect_output(folder: RunFolder, rank: int) -> None:
@@ -119,7 +147,7 @@ def _explain(error: Exception) -> tuple[int, str, str, bool]:
     if shortage is not None:
         return RESOURCES.code, shortage, "", True  # the job knows the remedies
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, OSError) and error.errno == 28:
+    if is_disk_full(error):
         return RESOURCES.code, f"no space left on the disk: {text}", "give SFT_RUNTIME__WORK_DIR more room", False
     # gloo raises plain RuntimeErrors
     if isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset by peer" in text:
@@ -127,5 +155,13 @@ def _explain(error: Exception) -> tuple[int, str, str, bool]:
     return INTERNAL.code, f"{type(error).__name__}: {text}", "please report it, with the traceback above", False
 
 
+def _end(code: int) -> NoReturn:
+    """End the process at once: gloo's threads, asked to end while the other workers go away, sometimes abort it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(RunFolder(Path(sys.argv[1])), int(sys.argv[2])))
+    _end(main(RunFolder(Path(sys.argv[1])), int(sys.argv[2])))

@@ -183,7 +183,7 @@ def test_a_loss_of_nan_stops_at_once(environment: dict[str, str], tiny_model: Pa
     assert "learning rate 1;" in ended.outcome["message"]
     order = np.random.default_rng([42, 0]).permutation(78)  # of the first pass
     lines = ", ".join(str(row + 1) for row in sorted(order[8 * (step - 1) : 8 * step]))
-    assert f"rows since step {step - 1}: {GARDEN}:{lines}" in ended.outcome["message"]
+    assert f"the rows of this step: {GARDEN}:{lines}" in ended.outcome["message"]
     assert "SFT_TRAIN__LEARNING_RATE=0.25" in ended.outcome["hint"]
     assert f"step {step + 1}/100" not in ended.output
     assert list((tmp_path / "slot").rglob("*")) == []

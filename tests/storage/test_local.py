@@ -1,5 +1,6 @@
 """Paths: what is found, that slots are written whole, and which error each trouble becomes."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -166,6 +167,81 @@ class TestSlot:
         (tmp_path / "source").touch()
         with pytest.raises(DataError):
             store(tmp_path / "slot").put(tmp_path / "source", path)
+
+    def test_delete_leaves_no_empty_folders(self, tmp_path: Path) -> None:
+        (tmp_path / "source").touch()
+        opened = store(tmp_path / "slot")
+        for path in ("a/b/c", "a/d"):
+            opened.put(tmp_path / "source", path)
+        opened.delete("a/b/c")
+        assert not (tmp_path / "slot" / "a" / "b").exists()
+        assert names(tmp_path / "slot") == ["a/d"]
+        opened.delete("a/d")
+        assert list((tmp_path / "slot").iterdir()) == []  # the slot itself stays
+
+    def test_swap_writes_only_what_is_still_of_that_version(self, tmp_path: Path) -> None:
+        opened = store(tmp_path / "slot")
+        assert opened.read_version("sub/a") is None
+        assert opened.swap("sub/a", b"1", "other") is None
+        assert not (tmp_path / "slot").exists()
+        first = opened.swap("sub/a", b"1", None)
+        assert first is not None
+        assert opened.read_version("sub/a") == (b"1", first)
+        assert opened.swap("sub/a", b"2", None) is None
+        second = opened.swap("sub/a", b"2", first)
+        assert second not in (None, first)
+        assert opened.swap("sub/a", b"3", first) is None
+        assert opened.read_version("sub/a") == (b"2", second)
+        opened.delete("sub/a")
+        assert opened.swap("sub/a", b"3", second) is None
+        assert list((tmp_path / "slot").iterdir()) == []
+
+    def test_swap_where_there_are_no_hard_links(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(self: Path, target: Path) -> None:
+            raise PermissionError(errno.EPERM, "as a network share says")
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+        opened = store(tmp_path / "slot")
+        first = opened.swap("a", b"1", None)
+        assert opened.read_version("a") == (b"1", first)
+        assert opened.swap("a", b"2", None) is None
+        assert [path.name for path in (tmp_path / "slot").iterdir()] == ["a"]
+
+    def test_of_racing_processes_one_is_first(self, tmp_path: Path) -> None:
+        # Each of 4 processes writes only what follows on what it read, 50 times: no number is skipped or lost.
+        program = """if True:
+            import sys
+            from job.storage import open_store
+            opened, name = open_store(sys.argv[1], setting="X"), sys.argv[2]
+            for mine in range(50):
+                while True:
+                    found = opened.read_version("a/count")
+                    content, version = (b"", None) if found is None else found
+                    if opened.swap("a/count", content + f"{name}{mine} ".encode(), version):
+                        break
+            """
+        command = [sys.executable, "-c", program, str(tmp_path / "slot")]
+        racers = [subprocess.Popen([*command, name]) for name in "abcd"]
+        assert [racer.wait(60) for racer in racers] == [0] * 4
+        written = (tmp_path / "slot" / "a" / "count").read_text().split()
+        assert sorted(written) == sorted(f"{name}{mine}" for name in "abcd" for mine in range(50))
+        assert names(tmp_path / "slot") == ["a/count"]
+
+    def test_starts_at_the_same_moment_find_the_slot_writable(self, tmp_path: Path) -> None:
+        program = """if True:
+            import sys
+            from pathlib import Path
+            from job.storage import open_store
+            opened = open_store(sys.argv[1], setting="X")
+            for _ in range(100):
+                opened.check_writable()
+                opened.put(Path(sys.argv[2]), "sub/" + sys.argv[3])
+                opened.delete("sub/" + sys.argv[3])
+            """
+        (tmp_path / "source").touch()
+        command = [sys.executable, "-c", program, str(tmp_path / "runs" / "slot"), str(tmp_path / "source")]
+        racers = [subprocess.Popen([*command, name]) for name in "abcd"]
+        assert [racer.wait(60) for racer in racers] == [0] * 4
 
     def test_probe_leaves_nothing(self, tmp_path: Path) -> None:
         store(tmp_path / "runs" / "1").check_writable()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from botocore.exceptions import ClientError
 from seaweed import READ_ONLY_BUCKET, SeaweedFS
 
 from job.errors import (
@@ -69,6 +70,23 @@ def names(uri: str) -> list[str]:
 
 def left_over(folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob(".sft-part-*")]
+
+
+def race(bucket: str, path: str, *, writers: int) -> int:
+    """Let so many writers replace the version that all of them have read; return how many were told that they did."""
+    opened = store(f"s3://{bucket}")
+    found = opened.read_version(path)
+    start = threading.Barrier(writers)
+
+    def write(_: int) -> tuple[bytes, str | None]:
+        content = os.urandom(8)
+        start.wait()
+        return content, opened.swap(path, content, None if found is None else found[1])
+
+    with ThreadPoolExecutor(writers) as pool:
+        written = [(content, version) for content, version in pool.map(write, range(writers)) if version]
+    assert opened.read_version(path) in written
+    return len(written)
 
 
 def free_port() -> int:
@@ -436,6 +454,60 @@ class TestSlot:
         }
         with pytest.raises(NotFoundError, match="no such bucket"):
             acts[act]()
+
+    def test_swap_writes_only_what_is_still_of_that_version(self, bucket: str) -> None:
+        opened = store(f"s3://{bucket}/runs/1")
+        assert opened.read_version("a") is None
+        assert opened.swap("a", b"1", "0" * 32) is None
+        first = opened.swap("a", b"1", None)
+        assert first is not None
+        assert opened.read_version("a") == (b"1", first)
+        assert opened.swap("a", b"2", None) is None
+        second = opened.swap("a", b"2", first)
+        assert second not in (None, first)
+        assert opened.swap("a", b"3", first) is None
+        assert opened.read_version("a") == (b"2", second)
+        with pytest.raises(NotFoundError, match="no such bucket"):
+            store("s3://no-such-bucket-here").swap("a", b"1", None)
+
+    def test_of_racing_writers_one_is_first(self, bucket: str) -> None:
+        # This server lets them wait for each other by the second: few rounds here, and many in tests/faults.
+        assert [race(bucket, "a", writers=4) for _ in range(2)] == [1, 1]
+
+    @pytest.mark.parametrize("version", [None, "the first"])
+    def test_a_write_whose_answer_was_lost_is_ours(
+        self, bucket: str, monkeypatch: pytest.MonkeyPatch, version: str | None
+    ) -> None:
+        opened = store(f"s3://{bucket}")
+        if version is not None:
+            version = opened.swap("a", b"1", None)
+        put = opened.client.put_object
+
+        def put_twice(**request: Any) -> Any:
+            put(**request)  # as botocore does when the connection breaks before the answer has come
+            return put(**request)
+
+        monkeypatch.setattr(opened.client, "put_object", put_twice)
+        assert opened.swap("a", b"2", version) == hashlib.md5(b"2").hexdigest()
+
+    def test_a_server_without_conditional_writes_is_warned_of_once(
+        self, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        opened = store(f"s3://{bucket}")
+        put = opened.client.put_object
+
+        def refuse_conditions(**request: Any) -> Any:
+            if {"IfMatch", "IfNoneMatch"} & set(request):
+                answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+                raise ClientError(answer, "PutObject")
+            return put(**request)
+
+        monkeypatch.setattr(opened.client, "put_object", refuse_conditions)
+        first = opened.swap("a", b"1", None)
+        assert opened.read_version("a") == (b"1", first)
+        assert opened.swap("a", b"2", first) == hashlib.md5(b"2").hexdigest()
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert f"two jobs on s3://{bucket} can't be kept apart" in warning
 
     def test_probe_leaves_nothing(self, bucket: str) -> None:
         opened = store(f"s3://{bucket}/runs/1")

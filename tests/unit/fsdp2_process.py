@@ -1,4 +1,4 @@
-"""One of two processes that train a small model by FSDP2 on a CPU, and compare with a model that isn't split."""
+"""One of two processes that train a small model by FSDP2 on a CPU, compare with a model that isn't split, and go on."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from job.train.adapter import save_adapter
-from job.train.gather import gather_frozen, gather_trained
+from job.train.gather import find_trained, gather_frozen, gather_one, gather_trained, replace_one
+from job.train.optimizer_state import gather_states, restore_states
 
 STEPS = 3
 
@@ -33,9 +34,10 @@ def make_model(*, tied: bool) -> Any:
     return model
 
 
-def train(model: Any, ids: torch.Tensor) -> None:
+def train(model: Any, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Step a few times; FSDP2 averages the gradients of both processes, so that a whole batch in one is the same."""
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
+    if optimizer is None:
+        optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
     for _ in range(STEPS):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
@@ -44,12 +46,8 @@ def train(model: Any, ids: torch.Tensor) -> None:
         optimizer.zero_grad()
 
 
-def compare(folder: Path, *, tied: bool) -> None:
-    rank = dist.get_rank()
-    ids = torch.arange(4 * 12).reshape(4, 12) % 97
-    alone = make_model(tied=tied)
-    train(alone, ids)
-
+def split_up(model: Any, rank: int) -> Any:
+    """Have accelerate split a model among the processes, as it does on GPUs."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -59,9 +57,46 @@ def compare(folder: Path, *, tied: bool) -> None:
     accelerator: Any = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=rank == 0, device="cpu"
     )
+    fsdp2_prepare_model(accelerator, model)
+    return model
+
+
+def go_on(ids: torch.Tensor) -> None:
+    """Train, put all that was learned into another model that is split, and see both learn the same from there on."""
+    rank = dist.get_rank()
+    mine = ids[rank * 2 : rank * 2 + 2]
+    plan: Any = SimpleNamespace(engine="fsdp2", optimizer="adamw")
+    models = [split_up(make_model(tied=True), rank) for _ in range(2)]
+    trained = [find_trained(model) for model in models]
+    trainers: list[Any] = [
+        SimpleNamespace(optimizer=torch.optim.AdamW(weights.values(), lr=1e-2)) for weights in trained
+    ]
+    train(models[0], mine, trainers[0].optimizer)
+    saved = {f"{name}/{key}": state.clone() for name, key, state in gather_states(trainers[0], trained[0], plan)}
+    keys = {name: ["exp_avg", "exp_avg_sq", "step"] for name in trained[1]}
+    for name, weight in trained[0].items():
+        assert not isinstance(saved[f"{name}/exp_avg"], DTensor)
+        assert saved[f"{name}/exp_avg"].shape == weight.shape
+        with torch.no_grad():
+            replace_one(trained[1][name], gather_one(name, weight, "fsdp2"), "fsdp2")
+    restore_states(trainers[1], trained[1], plan, keys, lambda name, key: saved[f"{name}/{key}"])
+    before = gather_trained(models[1], "fsdp2")
+    for model, trainer in zip(models, trainers, strict=True):
+        train(model, mine, trainer.optimizer)
+    expected, actual = (gather_trained(model, "fsdp2") for model in models)
+    assert all(torch.equal(weight, expected[name]) for name, weight in actual.items())
+    assert not all(torch.equal(weight, before[name]) for name, weight in actual.items())
+
+
+def compare(folder: Path, *, tied: bool) -> None:
+    rank = dist.get_rank()
+    ids = torch.arange(4 * 12).reshape(4, 12) % 97
+    alone = make_model(tied=tied)
+    train(alone, ids)
+
     split = make_model(tied=tied)
     before = {name: weight.detach().float().clone() for name, weight in split.named_parameters()}
-    fsdp2_prepare_model(accelerator, split)
+    split_up(split, rank)
     assert isinstance(split, FSDPModule)
     assert all(isinstance(weight, DTensor) for weight in split.parameters())
     assert all(torch.equal(gather_frozen(weight), before[name]) for name, weight in split.named_parameters())
@@ -87,5 +122,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for tied in (True, False):
         compare(Path(sys.argv[1]) / f"tied-{tied}", tied=tied)
+    go_on(torch.arange(4 * 12).reshape(4, 12) % 97)
     print("as without FSDP2")
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_training import held_out_loss, load_trained, make_small_plan, read_metrics, save_llama, train_here
-from transformers import TrainerControl, TrainerState, set_seed
+from transformers import set_seed
 
 from job.errors import DivergedError
 from job.handover import RunFolder
@@ -35,51 +35,63 @@ def plan(plan_for: PlanFor) -> PlanFor:
 
 
 def watch(losses: Iterable[float], *, steps: int, interval: int = 1, patience: int = 2) -> tuple[EarlyStopping, Any]:
-    """Let it see these held-out losses, one each time; return it with what it saw, the weight it kept, the control."""
+    """Let it see these held-out losses, one each time; return it with what it saw, and the weight that it kept."""
     weight = torch.zeros(1)
     remaining, seen = iter(losses), []
     stopping = EarlyStopping(
+        steps=steps,
         interval_steps=interval,
         patience=patience,
         evaluate=lambda: next(remaining),
         gather=lambda: {"weight": weight.clone()},
         record=lambda step, loss: seen.append((step, loss)),
     )
-    state, control = TrainerState(max_steps=steps), TrainerControl()
-    arguments: Any = None
     for step in range(1, steps + 1):
-        state.global_step = step
         weight.fill_(float(step))
-        stopping.on_step_end(arguments, state, control)
-        if control.should_training_stop:
+        is_over = stopping.is_over(step)
+        assert is_over == stopping.stopped_early
+        if is_over:
             break
     assert stopping.best_loss == min(loss for _, loss in seen)
-    return stopping, (seen, stopping.best_weights["weight"].item(), control)
+    return stopping, (seen, stopping.best_weights["weight"].item())
 
 
 def test_it_stops_when_the_loss_has_not_fallen_and_the_best_remains() -> None:
-    stopping, (seen, weight, control) = watch([3.0, 2.0, 2.5, 2.0, 1.0], steps=5)
+    stopping, (seen, weight) = watch([3.0, 2.0, 2.5, 2.0, 1.0], steps=5)
     assert seen == [(1, 3.0), (2, 2.0), (3, 2.5), (4, 2.0)]  # as low as before is not lower
     assert (stopping.best_step, stopping.stopped_early, weight) == (2, True, 2.0)
-    assert control.should_log  # the last step is in the metrics, whatever the interval
 
 
 def test_progress_in_between_starts_the_patience_anew() -> None:
-    stopping, (seen, weight, _) = watch([3.0, 3.5, 2.0, 2.5, 1.0, 1.5], steps=6)
+    stopping, (seen, weight) = watch([3.0, 3.5, 2.0, 2.5, 1.0, 1.5], steps=6)
     assert len(seen) == 6
     assert (stopping.best_step, stopping.stopped_early, weight) == (5, False, 5.0)
 
 
 def test_it_evaluates_at_the_interval_and_at_the_last_step() -> None:
-    stopping, (seen, weight, _) = watch([3.0, 2.0, 1.0], steps=5, interval=2)
+    stopping, (seen, weight) = watch([3.0, 2.0, 1.0], steps=5, interval=2)
     assert [step for step, _ in seen] == [2, 4, 5]
     assert (stopping.best_step, weight) == (5, 5.0)
 
 
 def test_a_run_that_ends_as_its_patience_does_was_not_stopped() -> None:
-    stopping, (_, weight, control) = watch([1.0, 2.0, 3.0], steps=3)
+    stopping, (_, weight) = watch([1.0, 2.0, 3.0], steps=3)
     assert (stopping.best_step, stopping.stopped_early, weight) == (1, False, 1.0)
-    assert not control.should_training_stop
+
+
+def test_it_goes_on_where_it_was_and_evaluates_no_step_twice() -> None:
+    stopping, _ = watch([3.0, 2.0, 2.5], steps=3)
+    losses = iter([2.5, 1.0])
+    other = EarlyStopping(
+        steps=9, interval_steps=2, patience=2, evaluate=lambda: next(losses), gather=dict, record=lambda *_: None
+    )
+    other.go_on_from(stopping.read_state(), stopping.best_weights)
+    assert other.best_weights == {"weight": torch.tensor(2.0)}
+    assert not other.is_over(3)  # not its turn
+    assert other.is_over(4)  # the second evaluation without progress
+    assert (other.best_step, other.best_loss) == (2, 2.0)
+    other.evaluate(4)
+    assert next(losses) == 1.0
 
 
 def adapter(root: Path) -> dict[str, torch.Tensor]:

@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-import job.memory.ladder
 from job.errors import ConfigError, OutOfMemoryError, ResourcesError, UnavailableError
 from job.handover import RunFolder
 from job.hardware import Hardware
 from job.memory.estimate import estimate_memory, pick_setup
 from job.memory.found import MemoryFound, apply_memory_found, keep_memory_found, recall_memory_found
-from job.memory.ladder import train_within_memory
+from job.memory.ladder import give_up, train_within_memory
 from job.memory.model_shape import ModelShape
 from job.memory.smaller_plan import take_smaller_step
 from job.nodes.board import AttemptEndedError
@@ -129,13 +128,15 @@ class OtherNodes(Peers):
 
 
 class Workers:
-    """Stands for `launch_workers`: fails as told, in order, and looks at the folder each time."""
+    """Stands for an attempt: fails as told, in order, and looks at the folder each time."""
 
-    def __init__(self, *failures: Exception | None) -> None:
+    def __init__(self, folder: RunFolder, *failures: Exception | None) -> None:
+        self._folder = folder
         self._failures = list(failures)
         self.plans: list[TrainPlan] = []
 
-    def __call__(self, plan: TrainPlan, folder: RunFolder, peers: Peers) -> None:
+    def __call__(self, prepared: Prepared) -> None:
+        plan, folder = prepared.plan, self._folder
         assert TrainPlan.model_validate_json(folder.plan.read_bytes()) == plan
         assert {path.name for path in folder.root.iterdir()} == {"plan.json", "xray.json", "inputs.json", "adapter"}
         assert list(folder.adapter.iterdir()) == []
@@ -167,7 +168,7 @@ def prepare(
         inputs, nothing = cast(Any, SimpleNamespace(run_id=run_id)), cast(Any, None)
         dataset = cast(Any, SimpleNamespace(facts=SimpleNamespace(shape=small_shape)))
         plan = plan_for(**({"TRAIN__MICRO_BATCH_SIZE": 4} | settings))
-        prepared = Handed(nothing, hardware or machine(), inputs, tmp_path, dataset, plan, slot)
+        prepared = Handed(nothing, hardware or machine(), inputs, tmp_path, dataset, plan, slot, nothing)
         folder = RunFolder(tmp_path / "run")
         shutil.rmtree(folder.root, ignore_errors=True)
         folder.root.mkdir()
@@ -181,17 +182,17 @@ def prepare(
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Workers, Prepared | ResourcesError]]:
+def play(tmp_path: Path) -> Callable[..., tuple[Workers, Prepared | ResourcesError]]:
     """Train with workers that fail as told; return them, and what came of it."""
 
     def run(
         prepared: Prepared, *failures: Exception | None, peers: Peers | None = None
     ) -> tuple[Workers, Prepared | ResourcesError]:
-        workers = Workers(*failures)
-        monkeypatch.setattr(job.memory.ladder, "launch_workers", workers)
+        folder = RunFolder(tmp_path / "run")
+        workers = Workers(folder, *failures)
         alone = Peers(Node(0, 1, "", 1, 1.0))
         try:
-            return workers, train_within_memory(prepared, RunFolder(tmp_path / "run"), peers or alone)
+            return workers, train_within_memory(prepared, folder, peers or alone, workers)
         except ResourcesError as error:
             return workers, error
 
@@ -246,7 +247,7 @@ def test_the_remedies_on_gpus(prepare: Any, play: Any, machine: Any) -> None:
     settings = {"TRAIN__MICRO_BATCH_SIZE": 1, "TRAIN__GRADIENT_CHECKPOINTING": "true"}
     changes = {"device": "cuda", "quantization": "nf4", "nodes": 2, "loss": "liger"}
     plan = prepare(**settings).plan.model_copy(update=changes)
-    error = job.memory.ladder.give_up([plan], OutOfMemoryError("x"))
+    error = give_up([plan], OutOfMemoryError("x"))
     assert "(a micro batch of 1, gradient checkpointing, the liger loss)" in error.message
     assert "on each of 2 processes, org/model in nf4; estimated: " in error.message
     assert error.hint == (

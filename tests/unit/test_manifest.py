@@ -77,6 +77,11 @@ KEEPS = {
     "TRAIN__GRADIENT_CHECKPOINTING": "true",
     "TRAIN__LOGGING_STEPS": "1",
     "TRAIN__LOSS": "chunked",
+    "TRAIN__ACCEPT_PARTIAL": "true",
+    "CHECKPOINT__URI": "s3://elsewhere/checkpoints",
+    "CHECKPOINT__EVERY_STEPS": "10",
+    "CHECKPOINT__EVERY_MINUTES": "1",
+    "CHECKPOINT__KEEP": "1",
     "PARALLEL__ENGINE": "ddp",
     "PARALLEL__OFFLOAD": "true",
     "PARALLEL__PROCESSES": "2",
@@ -92,6 +97,9 @@ KEEPS = {
     "RUNTIME__LOG_FORMAT": "json",
     "RUNTIME__LOG_LEVEL": "debug",
     "RUNTIME__TERMINATION_LOG": "/elsewhere/log",
+    "RUNTIME__MAX_HOURS": "2",
+    "RUNTIME__GRACE_SECONDS": "60",
+    "RUNTIME__HANG_MINUTES": "5",
 }
 
 

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from job.errors import CONFIG, OK
-from job.outcome import Progress, format_outcome, write_termination_log
+from job.outcome import Progress, format_outcome, write_outcome
+from job.settings_groups import RuntimeSettings
 
 LIMIT_BYTES = 4096
+
+
+def runtime(path: Path, *, was_asked_for: bool) -> RuntimeSettings:
+    return RuntimeSettings.model_construct({"termination_log"} if was_asked_for else set(), termination_log=path)
 
 
 def test_a_short_outcome_is_whole() -> None:
@@ -46,14 +51,14 @@ def test_secrets_are_redacted_before_the_cut(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_default_path_is_written_only_where_it_exists(tmp_path: Path) -> None:
     path = tmp_path / "termination-log"
-    write_termination_log(path, "first", was_asked_for=False)
+    write_outcome(runtime(path, was_asked_for=False), "first")
     assert not path.exists()
-    write_termination_log(path, "second", was_asked_for=True)
+    write_outcome(runtime(path, was_asked_for=True), "second")
     assert path.read_text() == "second"
-    write_termination_log(path, "third", was_asked_for=False)
+    write_outcome(runtime(path, was_asked_for=False), "third")
     assert path.read_text() == "third"
 
 
 def test_a_path_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_termination_log(tmp_path / "no" / "folder", format_outcome(OK, "", "", Progress()), was_asked_for=True)
+    write_outcome(runtime(tmp_path / "no" / "folder", was_asked_for=True), format_outcome(OK, "", "", Progress()))
     assert "SFT_RUNTIME__TERMINATION_LOG=" in caplog.text

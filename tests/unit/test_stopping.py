@@ -36,7 +36,7 @@ def test_a_stop_is_not_lost(moment: str, number: signal.Signals) -> None:
 import os, signal, time
 from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals
 NUMBER = {int(number)}
-raise_on_stop_signals()
+raise_on_stop_signals(lambda name: print("then", name, flush=True))
 try:
 {"".join(f"    {line}{chr(10)}" for line in moment.splitlines())}
     time.sleep(60)
@@ -60,7 +60,7 @@ def test_a_second_signal_ends_at_once() -> None:
     script = """
 import os, signal, time
 from job.stopping import StopSignal, raise_on_stop_signals
-raise_on_stop_signals()
+raise_on_stop_signals(lambda name: print("then", name, flush=True))
 try:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
@@ -69,5 +69,25 @@ except StopSignal:
     time.sleep(60)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=50)
-    assert ended.returncode == 75
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (75, "then SIGTERM\n")
+
+
+def test_patience_lets_things_be_done_first() -> None:
+    script = """
+import os, signal, time
+from job.stopping import StopSignal, acknowledge_stop, be_patient, raise_on_stop_signals
+raise_on_stop_signals(lambda name: None)
+be_patient(1.5)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.5)
+print("done")
+try:
+    time.sleep(60)
+except StopSignal as stop:
+    acknowledge_stop()
+    print("stopped by", stop)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (0, "done\nstopped by SIGTERM\n"), ended.stderr

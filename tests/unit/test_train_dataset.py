@@ -50,6 +50,15 @@ def test_the_last_step_is_filled_from_the_next_pass() -> None:
     assert len(list(StreamSampler(3, steps=1, global_batch_size=8, seed=1))) == 8  # fewer rows than one step
 
 
+def test_a_run_that_goes_on_reads_what_the_other_would_have_read_next() -> None:
+    for rows in (3, 10, 41):  # fewer than one step's, a step from pass to pass, more than all
+        order = list(StreamSampler(rows, steps=5, global_batch_size=8, seed=1))
+        for done in range(5):
+            rest = StreamSampler(rows, steps=5, global_batch_size=8, seed=1, start_step=done)
+            assert list(rest) == order[done * 8 :]
+            assert len(rest) == 40 - done * 8
+
+
 def test_the_order_depends_on_the_seed_alone() -> None:
     def order(seed: int) -> list[int]:
         return list(StreamSampler(50, steps=10, global_batch_size=5, seed=seed))

@@ -1,0 +1,44 @@
+"""One attempt at training: from the newest checkpoint on, under watch, with new checkpoints going to the store."""
+
+from functools import partial
+
+from job.checkpoints.resume import commit_step, fetch_newest
+from job.checkpoints.uploads import Uploads
+from job.handover import RunFolder
+from job.launch import launch_workers, list_ranks
+from job.lease import Lease
+from job.nodes.peers import Peers
+from job.prepared import Prepared
+from job.supervise import Supervisor
+from job.watchdog import Watchdog
+
+
+def attempt_training(
+    prepared: Prepared, folder: RunFolder, peers: Peers, lease: Lease | None, *, deadline_s: float | None
+) -> None:
+    """Train what is handed over in the folder, until the deadline (monotonic clock) at most; on node 0 with its hold on
+    the slot.
+
+    Raises what `launch_workers` raises, and the checkpoints' store when it is out of reach at the start.
+    """
+    settings = prepared.settings
+    newest_step = None if lease is None else fetch_newest(prepared, folder.resume)
+    commit = partial(commit_step, prepared, lease)
+    grace_s = settings.runtime.grace_seconds
+    watchdog = Watchdog(
+        folder,
+        list_ranks(prepared.plan, peers),
+        limit_s=settings.runtime.hang_minutes * 60,
+        several_nodes=prepared.plan.nodes > 1,
+    )
+    with Uploads(folder.checkpoints, commit, newest_step=newest_step, grace_s=grace_s) as uploads:
+        supervisor = Supervisor(
+            folder,
+            peers,
+            uploads,
+            watchdog,
+            settings.runtime,
+            deadline_s=deadline_s,
+            finish_at_deadline=settings.train.accept_partial,
+        )
+        launch_workers(prepared.plan, folder, peers, supervisor)

@@ -1,0 +1,128 @@
+"""The workers' checkpoints go to the store while training goes on: one at a time, the newest, the others never."""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from job.errors import JobError
+from job.handover import SAVED_STEP, SavedStep
+from job.log import format_bytes, logger
+
+_TAKEN = "taken-"
+_RETRY_S = 15.0
+_POLL_S = 0.1
+
+
+class Uploads:
+    """Watches the folder in which rank 0 leaves checkpoints, `folder`; `commit` puts one of them into the store, whose
+    newest is that of `newest_step` so far.
+
+    `poll` is called by whoever watches the workers. A failed upload is a warning, and tried again until there is a
+    newer checkpoint: training doesn't end because a store is away.
+    """
+
+    def __init__(
+        self, folder: Path, commit: Callable[[Path, SavedStep], None], *, newest_step: int | None, grace_s: float
+    ) -> None:
+        self.newest_step = newest_step  # of those in the store
+        self._folder = folder
+        self._commit = commit
+        self._grace_s = grace_s
+        self._is_first = True
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[float] | None = None
+        self._taken: Path | None = None
+        self._not_before_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def poll(self) -> None:
+        """Note how an upload has ended, and begin the next. Takes microseconds."""
+        if self._running is not None:
+            if not self._running.done():
+                return
+            self._note_end(self._running)
+            self._running = None
+        newer = self._take_newest()
+        if newer is not None:
+            self._drop_taken()
+            self._taken, self._not_before_s = newer, 0.0
+        if self._taken is not None and time.monotonic() >= self._not_before_s:
+            self._running = self._pool.submit(self._upload, self._taken)
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything that the workers have left is in the store, or the time is up. One failure ends it."""
+        deadline_s = time.monotonic() + timeout_s
+        self._not_before_s = 0.0
+        self.poll()
+        while self._running is not None and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+            self.poll()
+
+    def _take_newest(self) -> Path | None:
+        """Rename the newest checkpoint, so that the workers leave it alone, and remove older ones."""
+        names = sorted(path.name for path in self._folder.glob("step-*") if path.suffix == "")
+        if not names:
+            return None
+        taken = self._folder / f"{_TAKEN}{names[-1]}"
+        try:
+            (self._folder / names[-1]).rename(taken)
+        except FileNotFoundError:  # a newer one has just replaced it
+            return None
+        for name in names[:-1]:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+        return taken
+
+    def _upload(self, taken: Path) -> float:
+        started_s = time.monotonic()
+        self._commit(taken, _read_saved(taken))
+        return time.monotonic() - started_s
+
+    def _note_end(self, ended: "Future[float]") -> None:
+        if self._taken is None:
+            return
+        saved = _read_saved(self._taken)
+        try:
+            upload_s = ended.result()
+        except JobError as error:
+            logger.warning(
+                "the checkpoint of step %d is not in the store, and will be tried again: %s", saved.step, error.message
+            )
+            self._not_before_s = time.monotonic() + _RETRY_S
+            return
+        size = format_bytes(sum(path.stat().st_size for path in self._taken.iterdir()))
+        logger.info(
+            "checkpoint of step %d is in the store: %s, saved in %.2f s, uploaded in %.2f s",
+            saved.step,
+            size,
+            saved.save_s,
+            upload_s,
+        )
+        if self._is_first and saved.save_s + upload_s > self._grace_s:
+            logger.warning(
+                "a checkpoint takes %.0f s, and SFT_RUNTIME__GRACE_SECONDS=%g: after SIGTERM, the run would go back to "
+                "the one before. Give it more time (in Kubernetes: terminationGracePeriodSeconds), and say so there",
+                saved.save_s + upload_s,
+                self._grace_s,
+            )
+        self._is_first, self.newest_step = False, saved.step
+        self._drop_taken()
+
+    def _drop_taken(self) -> None:
+        if self._taken is not None:
+            shutil.rmtree(self._taken, ignore_errors=True)
+            self._taken = None
+
+
+def _read_saved(folder: Path) -> SavedStep:
+    return SavedStep.model_validate_json((folder / SAVED_STEP).read_bytes())

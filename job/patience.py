@@ -1,0 +1,36 @@
+"""Waiting for a store that is out of reach, where hours of work are at stake: beyond the retries of each request."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from job.errors import UnavailableError
+from job.log import logger
+
+PATIENCE_S = 300.0
+FIRST_PAUSE_S = 2.0
+_LONGEST_PAUSE_S = 60.0
+
+Result = TypeVar("Result")
+
+
+def insist(act: Callable[[], Result]) -> Result:
+    """Do something with a store; where it is out of reach, again and again for five minutes, with growing pauses.
+
+    Raises the last UnavailableError then, and all other errors at once; a signal ends a pause.
+    """
+    began_s = time.monotonic()
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return act()
+        except UnavailableError as error:
+            left_s = PATIENCE_S - (time.monotonic() - began_s)
+            if left_s <= 0:
+                raise
+            pause_s = min(pause_s, left_s)
+            logger.warning(
+                "%s; trying again in %.0f s, and for up to %.0f s in all", error.message, pause_s, PATIENCE_S
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
