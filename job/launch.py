@@ -68,6 +68,11 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor:
     except PreemptedError:
         grace_s = 0.0  # there is no time left
         raise
+    except UnavailableError as lost:
+        if not (supervisor.is_stopping or _have_stopped(plan, folder, peers)):
+            raise
+        logger.info("%s", lost.message)  # all nodes stop, and it has ended a moment before this one
+        returncode = 0
     finally:
         acknowledge_stop()  # ending the workers may take longer than a reminder
         end_descendants(spared=spared, grace_s=grace_s)
@@ -106,12 +111,17 @@ def list_ranks(plan: TrainPlan, peers: Peers) -> range:
     return range(first_rank, first_rank + plan.processes)
 
 
+def _have_stopped(plan: TrainPlan, folder: RunFolder, peers: Peers) -> bool:
+    """Say whether all workers of this node have ended because they were told to stop."""
+    return {outcome.rank for outcome in folder.read_outcomes() if outcome.stopped} == set(list_ranks(plan, peers))
+
+
 def _raise_failure(
     plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor: Supervisor, returncode: int, *, oom_killed: bool
 ) -> None:
     outcomes = folder.read_outcomes()
     silent = sorted(set(list_ranks(plan, peers)) - {outcome.rank for outcome in outcomes})
-    if outcomes and not silent and all(outcome.stopped for outcome in outcomes):
+    if _have_stopped(plan, folder, peers):
         with suppress(UnavailableError):  # node 0 ends when its checkpoint is in the store
             peers.wait_for_first_node(supervisor.left_s)
         raise supervisor.preempted(outcomes[0].step)

@@ -103,9 +103,9 @@ class Supervisor:
     def preempted(self, step: int | None) -> PreemptedError:
         """Return the error for a run that was stopped after a step (None: before it had come to the end of one)."""
         newest = self._uploads.newest_step
-        reason = self._reason or "another node's wish"
+        why = f"stopped by {self._reason}" if self._reason else "stopped, for another node was told to,"
         error = PreemptedError(
-            f"stopped by {reason}" + (f" after step {step}" if step is not None else ""),
+            why + (f" after step {step}" if step is not None else ""),
             hint="start it again: " + ("it begins anew" if newest is None else f"it goes on from step {newest}"),
         )
         error.step = step
