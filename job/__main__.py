@@ -165,6 +165,7 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     from job.handover import RunFolder
     from job.hardware import find_hardware
     from job.inputs import MODEL_FOLDER, find_inputs
+    from job.lease import drop_lease
     from job.limits import find_warnings
     from job.parallel import plan_parallel
     from job.plan import make_plan
@@ -186,7 +187,8 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     checkpoints = open_checkpoints(settings.checkpoint.uri, slot, inputs.run_id)
     if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite, merge=settings.output.merge):
         if node.rank == 0:
-            checkpoints.clear()  # a start that was killed after it had published has left them
+            checkpoints.clear(inputs.run_id)  # a start that was killed after it had published has left them
+            drop_lease(slot, inputs.run_id)
         return None
     if node.rank == 0:
         slot.check_writable()

@@ -77,6 +77,17 @@ def hold_slot(
         lease.stop()
 
 
+def drop_lease(slot: Store, run_id: str) -> None:
+    """Remove the lease of a run that is published: its holder was killed, or is about to go. A failure is a warning."""
+    try:
+        found = slot.read_version(LEASE_PATH)
+        record = None if found is None else _parse(found[0])
+        if record is not None and record.run_id == run_id:
+            slot.delete(LEASE_PATH)
+    except JobError as error:
+        logger.warning("%s stays behind: %s", LEASE_PATH, error.message)
+
+
 class Lease:
     """This job's hold on a slot. One thread renews it, and releases it in the end."""
 

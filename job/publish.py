@@ -146,7 +146,7 @@ def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
         overwrite=prepared.settings.output.overwrite,
         check_lease=lease.check,
     )
-    prepared.checkpoints.clear()
+    prepared.checkpoints.clear(inputs.run_id)
     forget_memory_found(prepared.slot)
 
 

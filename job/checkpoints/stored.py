@@ -147,12 +147,25 @@ class CheckpointStore:
             if _STEP.fullmatch(_folder_of(file)) and _folder_of(file) <= newest and _folder_of(file) not in kept
         )
 
-    def clear(self) -> None:
-        """Remove every checkpoint; a failure is a warning, for they do no harm once the adapter is published."""
+    def clear(self, run_id: str) -> None:
+        """Remove the checkpoints of a run that is published; a failure is a warning, for they do no harm then.
+
+        Another run, which is to replace it, may have its own there.
+        """
         try:
-            self._delete_files(file for file in self._list() if _is_checkpoint(_folder_of(file)))
+            found = self._list()
+            others = {name for name in _find_committed(found) if self._is_of_another(name, run_id)}
+            self._delete_files(
+                file for file in found if _is_checkpoint(_folder_of(file)) and _folder_of(file) not in others
+            )
         except JobError as error:
             logger.warning("checkpoints stay behind: %s", error.message)
+
+    def _is_of_another(self, name: str, run_id: str) -> bool:
+        try:
+            return self.read(name).run_id != run_id
+        except DamagedError:
+            return False
 
     def _list(self) -> list[StoredFile]:
         try:

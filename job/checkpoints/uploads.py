@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,13 @@ from job.log import format_bytes, logger
 _TAKEN = "taken-"
 _RETRY_S = 15.0
 _POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class _Uploaded:
+    saved: SavedStep
+    size_bytes: int
+    upload_s: float
 
 
 class Uploads:
@@ -34,7 +42,7 @@ class Uploads:
         self._grace_s = grace_s
         self._is_first = True
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[float] | None = None
+        self._running: Future[_Uploaded] | None = None
         self._taken: Path | None = None
         self._not_before_s = 0.0
 
@@ -47,12 +55,13 @@ class Uploads:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def poll(self) -> None:
-        """Note how an upload has ended, and begin the next. Takes microseconds."""
+        """Note how an upload has ended, and begin the next. Takes microseconds; a StopSignal may break it off anywhere,
+        and the next call goes on."""
         if self._running is not None:
             if not self._running.done():
                 return
-            self._note_end(self._running)
-            self._running = None
+            ended, self._running = self._running, None
+            self._note_end(ended)
         newer = self._take_newest()
         if newer is not None:
             self._drop_taken()
@@ -83,28 +92,28 @@ class Uploads:
             shutil.rmtree(self._folder / name, ignore_errors=True)
         return taken
 
-    def _upload(self, taken: Path) -> float:
+    def _upload(self, taken: Path) -> _Uploaded:
         started_s = time.monotonic()
-        self._commit(taken, _read_saved(taken))
-        return time.monotonic() - started_s
+        saved = SavedStep.model_validate_json((taken / SAVED_STEP).read_bytes())
+        size_bytes = sum(path.stat().st_size for path in taken.iterdir())
+        self._commit(taken, saved)
+        self.newest_step = saved.step
+        return _Uploaded(saved, size_bytes, time.monotonic() - started_s)
 
-    def _note_end(self, ended: "Future[float]") -> None:
-        if self._taken is None:
-            return
-        saved = _read_saved(self._taken)
+    def _note_end(self, ended: "Future[_Uploaded]") -> None:
         try:
-            upload_s = ended.result()
+            uploaded = ended.result()
         except JobError as error:
-            logger.warning(
-                "the checkpoint of step %d is not in the store, and will be tried again: %s", saved.step, error.message
-            )
+            name = "" if self._taken is None else self._taken.name.removeprefix(_TAKEN)
+            logger.warning("checkpoint %s is not in the store, and will be tried again: %s", name, error.message)
             self._not_before_s = time.monotonic() + _RETRY_S
             return
-        size = format_bytes(sum(path.stat().st_size for path in self._taken.iterdir()))
+        self._drop_taken()
+        saved, upload_s = uploaded.saved, uploaded.upload_s
         logger.info(
             "checkpoint of step %d is in the store: %s, saved in %.2f s, uploaded in %.2f s",
             saved.step,
-            size,
+            format_bytes(uploaded.size_bytes),
             saved.save_s,
             upload_s,
         )
@@ -115,14 +124,9 @@ class Uploads:
                 saved.save_s + upload_s,
                 self._grace_s,
             )
-        self._is_first, self.newest_step = False, saved.step
-        self._drop_taken()
+        self._is_first = False
 
     def _drop_taken(self) -> None:
-        if self._taken is not None:
-            shutil.rmtree(self._taken, ignore_errors=True)
-            self._taken = None
-
-
-def _read_saved(folder: Path) -> SavedStep:
-    return SavedStep.model_validate_json((folder / SAVED_STEP).read_bytes())
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            shutil.rmtree(taken, ignore_errors=True)

@@ -115,8 +115,9 @@ def test_retention_keeps_the_newest_and_clears_what_is_half(
     assert store.names() == kept
     assert {path.split("/")[0] for path in paths(store)} == {*kept, "memory.json"}
     commit(4, name=FINISHED)
-    store.clear()
-    assert paths(store) == ["memory.json"]
+    commit(7, run_id="other")
+    store.clear("run")
+    assert {path.split("/")[0] for path in paths(store)} == {"memory.json", "step-00000007"}
 
 
 DAMAGES: dict[str, Callable[[CheckpointStore, Path], None]] = {

@@ -105,7 +105,7 @@ def test_a_failure_is_a_warning_and_tried_again(
     save(tmp_path, 1)
     with caplog.at_level(logging.WARNING):
         poll_until(uploads, commits, [1])
-    assert caplog.text.count("step 1 is not in the store") == 2
+    assert caplog.text.count("step-00000001 is not in the store") == 2
     assert "the store is away" in caplog.text
 
 
