@@ -47,9 +47,15 @@ bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks agains
 bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints costs a training (BENCH=--quick for a tiny model)
 	$(BIN)/python tests/bench/checkpoints.py $(BENCH)
 
+# The chart's templates are no YAML until Helm has filled them in: the tests check what comes out.
+YAML := .yamllint $(wildcard .github charts/sft-job/*.yaml charts/sft-job/ci job/*.yaml job/*/*.yaml tests/*/*.yaml)
+
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck .ci/run $(wildcard charts/*.sh docker/*.sh tests/*/*.sh)
+	$(if $(wildcard docker/Dockerfile),$(BIN)/hadolint docker/Dockerfile)
+	$(BIN)/yamllint --strict $(YAML)
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .

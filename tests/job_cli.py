@@ -58,11 +58,13 @@ def start_job(environment: dict[str, str], *arguments: str, prefix: Sequence[str
     )
 
 
-def run_job(environment: dict[str, str], *arguments: str, prefix: Sequence[str] = ()) -> Ended:
+def run_job(
+    environment: dict[str, str], *arguments: str, prefix: Sequence[str] = (), timeout_s: float = TIMEOUT_S
+) -> Ended:
     """Run `python -m job` to its end; `prefix` as for `start_job`."""
     log = Path(environment["SFT_RUNTIME__TERMINATION_LOG"])
     log.unlink(missing_ok=True)
     with start_job(environment, *arguments, prefix=prefix) as process:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        output, _ = process.communicate(timeout=timeout_s)
     outcome = json.loads(log.read_text()) if log.exists() else {}
     return Ended(process.returncode, output, outcome)

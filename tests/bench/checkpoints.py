@@ -36,6 +36,7 @@ if "job.train.worker" in sys.orig_argv:
     os.sched_setaffinity(0, {core})
 """
 INTERVAL_S = 60.0  # between checkpoints, for the share of the wall time
+TIMEOUT_S = 3600
 NOTICED_S = 0.3  # after which the job's parent has found a new checkpoint
 _STORED = re.compile(r"checkpoint of step (\d+) is in the store: (.+), saved in ([\d.]+) s, uploaded in ([\d.]+) s")
 
@@ -86,7 +87,7 @@ def measure(
     )
     if hook is not None:
         environment["PYTHONPATH"] = f"{hook}{os.pathsep}{environment['PYTHONPATH']}"
-    ended = run_job(environment)
+    ended = run_job(environment, timeout_s=TIMEOUT_S)
     if ended.code != 0:
         raise SystemExit(f"the job ended with {ended.code}:\n{ended.output}")
     with closing(server.client()) as client:
