@@ -49,12 +49,16 @@ def run(settings: Settings, progress: Progress) -> str:
     """Train and publish; do nothing when this very run is already published. Return what was done, for the outcome."""
     from job.handover import RunFolder
     from job.lease import hold_slot
+    from job.metrics_server import serve_metrics
     from job.nodes.identity import describe_run, refuse_differences
     from job.nodes.peers import join_peers
 
     started_s = time.monotonic()
     node = find_node(settings.parallel)
-    with own_work_dir(settings.runtime.work_dir) as work_dir:
+    with (
+        own_work_dir(settings.runtime.work_dir) as work_dir,
+        serve_metrics(settings.runtime.metrics_port, progress, RunFolder(work_dir / "run")),
+    ):
         prepared = prepare(settings, node, work_dir, progress)
         if prepared is None:
             return _ALREADY_PUBLISHED
@@ -71,7 +75,7 @@ def run(settings: Settings, progress: Progress) -> str:
             deadline_s = None if max_hours is None else started_s + max_hours * 3600
             folder = prepared.hand_over(RunFolder(work_dir / "run"))
             trained = _train(prepared, folder, peers, lease, progress, deadline_s=deadline_s)
-            _publish(trained, folder, peers, lease)
+            _publish(trained, folder, peers, lease, progress)
         return "is published"
 
 
@@ -107,9 +111,9 @@ def _train(
         logger.info("an earlier start has trained it: publishing is left")
         return prepared if finished is None else replace(prepared, plan=finished)
 
-    _log_phase("fetching the base model")
+    progress.enter("fetching the base model")
     base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
-    _log_phase("training")
+    progress.enter("training")
     if settings.output.merge and peers.node_rank == 0:
         check_room(folder.root, base_model.weights_bytes())
     prepared = adopt_plan(prepared, folder, peers)
@@ -124,23 +128,25 @@ def _train(
     return prepared
 
 
-def _publish(prepared: "Prepared", folder: "RunFolder", peers: "Peers", lease: "Lease | None") -> None:
+def _publish(
+    prepared: "Prepared", folder: "RunFolder", peers: "Peers", lease: "Lease | None", progress: Progress
+) -> None:
     from job.inputs import MODEL_FOLDER
     from job.merge import merge_adapter
     from job.publish import publish_run
     from job.report import format_metrics
 
     if lease is None:
-        _log_phase("publishing, which node 0 does")
+        progress.enter("publishing, which node 0 does")
         peers.wait_for_first_node()
         return
     logger.info("%s", format_metrics(folder.read_result()))
     if prepared.settings.output.merge:
-        _log_phase("merging")
+        progress.enter("merging")
         prepared.inputs.base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
         merge_adapter(prepared, folder)
 
-    _log_phase("publishing")
+    progress.enter("publishing")
     be_patient(prepared.settings.runtime.grace_seconds * GRACE_SHARE)
     publish_run(prepared, folder, lease)
 
@@ -178,7 +184,7 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
 
-    _log_phase("reading the inputs")
+    progress.enter("reading the inputs")
     if node.rank == 0:
         check_slot(settings.output.uri)
     inputs = find_inputs(settings, work_dir)
@@ -194,7 +200,7 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
         slot.check_writable()
         checkpoints.store.check_writable()
 
-    _log_phase("tokenizing")
+    progress.enter("tokenizing")
     model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
     dataset = prepare_dataset(
         settings,
@@ -222,10 +228,6 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
 def _log_warnings(warnings: Sequence[str]) -> None:
     for warning in warnings:
         logger.warning("%s", warning)
-
-
-def _log_phase(name: str) -> None:
-    logger.info("== %s", name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

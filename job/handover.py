@@ -191,11 +191,16 @@ class RunFolder:
         found = [WorkerOutcome.model_validate_json(path.read_bytes()) for path in self.root.glob("outcome-*.json")]
         return sorted(found, key=lambda outcome: outcome.time_s)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return what was logged so far; numbers that are none are there as "nan" or "inf"."""
+        content = self.metrics.read_bytes() if self.metrics.exists() else b""
+        whole_lines = content[: content.rfind(b"\n") + 1].splitlines()  # the last one may be half written
+        return [json.loads(line) for line in whole_lines]
+
     def read_last_step(self) -> int | None:
         """Return the last step that was logged, if any was."""
-        content = self.metrics.read_bytes() if self.metrics.exists() else b""
-        whole_lines = content[: content.rfind(b"\n") + 1].splitlines()  # a killed worker may have left half a line
-        return int(json.loads(whole_lines[-1])["step"]) if whole_lines else None
+        logged = self.read_metrics()
+        return int(logged[-1]["step"]) if logged else None
 
     def read_result(self) -> dict[str, Any]:
         """Return the final metrics."""

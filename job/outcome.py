@@ -12,12 +12,18 @@ _LIMIT_BYTES = 4096  # what the kubelet keeps of a termination log
 
 @dataclass
 class Progress:
-    """How far the run has come: what an outcome says of it, wherever it ends."""
+    """How far the run has come: what an outcome says of it, wherever it ends, and what may be watched until then."""
 
+    phase: str = "starting"
     run_id: str | None = None
     step: int | None = None
     total_steps: int | None = None
     output: str | None = None
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase, and say so in the log."""
+        self.phase = phase
+        logger.info("== %s", phase)
 
 
 def format_outcome(ending: ExitCode, message: str, hint: str, progress: Progress) -> str:

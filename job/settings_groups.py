@@ -277,3 +277,8 @@ class RuntimeSettings(Group):
         description="End a run in which a worker takes longer for one micro batch",
         json_schema_extra=unit_of("minutes"),
     )
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None,
+        description="Port at which Prometheus finds /metrics while the job runs",
+        json_schema_extra=unit_of("none"),
+    )
