@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from job.arguments import parse_command
+from job.arguments import Command, parse_command
 from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, ExitCode, JobError
 from job.log import find_terminal, logger, setup_logging
@@ -32,6 +32,7 @@ from job.work_dir import own_work_dir
 # reported in under a second.
 if TYPE_CHECKING:
     from job.handover import RunFolder
+    from job.hardware import Hardware
     from job.lease import Lease
     from job.nodes.peers import Peers
     from job.prepared import Prepared
@@ -48,6 +49,7 @@ _HINTS = {  # for ends that bring none of their own
 def run(settings: Settings, progress: Progress) -> str:
     """Train and publish; do nothing when this very run is already published. Return what was done, for the outcome."""
     from job.handover import RunFolder
+    from job.hardware import find_hardware
     from job.lease import hold_slot
     from job.metrics_server import serve_metrics
     from job.nodes.identity import describe_run, refuse_differences
@@ -59,7 +61,7 @@ def run(settings: Settings, progress: Progress) -> str:
         own_work_dir(settings.runtime.work_dir) as work_dir,
         serve_metrics(settings.runtime.metrics_port, progress, RunFolder(work_dir / "run")),
     ):
-        prepared = prepare(settings, node, work_dir, progress)
+        prepared = prepare(settings, find_hardware(), node, work_dir, progress)
         if prepared is None:
             return _ALREADY_PUBLISHED
         run_id, output = prepared.inputs.run_id, settings.output.uri
@@ -151,17 +153,22 @@ def _publish(
     publish_run(prepared, folder, lease)
 
 
-def check(settings: Settings, progress: Progress) -> str:
-    """Do all that a run does before it fetches the weights and trains."""
+def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | None) -> str:
+    """Do all that a run does before it fetches the weights and trains; `gpus` as in `job.arguments.Command`."""
+    from job.hardware import assume_gpus, find_hardware
+
+    hardware = find_hardware() if gpus is None else assume_gpus(find_hardware(), *gpus)
     node = find_node(settings.parallel)
     with own_work_dir(settings.runtime.work_dir) as work_dir:
-        if prepare(settings, node, work_dir, progress) is None:
+        if prepare(settings, hardware, node, work_dir, progress) is None:
             return _ALREADY_PUBLISHED
         logger.info("plan.json and xray.json are in %s", work_dir / "run")
         return "is ready to train"
 
 
-def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) -> "Prepared | None":
+def prepare(
+    settings: Settings, hardware: "Hardware", node: Node, work_dir: Path, progress: Progress
+) -> "Prepared | None":
     """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published.
 
     Every node does it by itself, but only node 0 writes to the output.
@@ -169,7 +176,6 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     from job.checkpoints.resume import refuse_another_runs
     from job.dataset import prepare_dataset, row_options
     from job.handover import RunFolder
-    from job.hardware import find_hardware
     from job.inputs import MODEL_FOLDER, find_inputs
     from job.lease import drop_lease
     from job.limits import find_warnings
@@ -180,7 +186,6 @@ def prepare(settings: Settings, node: Node, work_dir: Path, progress: Progress) 
     from job.report import format_plan
     from job.report_xray import format_xray
 
-    hardware = find_hardware()
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
 
@@ -235,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parse_command(arguments)
     runtime = load_runtime_settings()
     setup_logging(runtime.log_format, runtime.log_level)
-    if command == "schema":
+    if command.name == "schema":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `sft-job schema | head` is no error
         print(json.dumps(Settings.model_json_schema(), indent=2))
         return OK.code
@@ -252,13 +257,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ending.code
 
 
-def _execute(command: str, runtime: RuntimeSettings, progress: Progress) -> tuple[ExitCode, str, str]:
+def _execute(command: Command, runtime: RuntimeSettings, progress: Progress) -> tuple[ExitCode, str, str]:
     """Run a command; return how it ended, with message and hint."""
     raise_on_stop_signals(partial(_say_last_words, runtime, progress))
     try:
         settings = load_settings()
         progress.output = settings.output.uri
-        return OK, {"run": run, "check": check}[command](settings, progress), ""
+        if command.name == "check":
+            return OK, check(settings, progress, gpus=command.gpus), ""
+        return OK, run(settings, progress), ""
     except (Exception, StopSignal) as error:  # noqa: BLE001 - the one place for what nobody foresaw
         acknowledge_stop()
         ending, message = _explain(error)

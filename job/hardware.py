@@ -4,11 +4,12 @@ The worker checks later that torch sees the same: a promise made here is kept or
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from job.cgroup import read_cpu_quota, read_memory_limit_bytes
 from job.errors import ConfigError
 
 
@@ -38,10 +39,17 @@ def find_hardware() -> Hardware:
     return Hardware(
         gpus=tuple(_find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))),
         cpu_name=cpu_name,
-        cpu_cores=_count_cores(Path("/sys/fs/cgroup/cpu.max")),
+        cpu_cores=_count_cores(read_cpu_quota()),
         cpu_has_bf16_matrix_units="amx_bf16" in cpu_flags,
-        memory_bytes=_memory_limit_bytes(Path("/sys/fs/cgroup/memory.max")),
+        memory_bytes=_count_memory_bytes(read_memory_limit_bytes()),
     )
+
+
+def assume_gpus(hardware: Hardware, count: int, memory_gib: int) -> Hardware:
+    """Return a machine as if it had other GPUs, for what is checked in one place and run in another: with bfloat16
+    arithmetic, that is of compute capability 8.0, Ampere's."""
+    gpu = Gpu(f"GPU with {memory_gib} GiB, assumed", memory_gib * 2**30, (8, 0))
+    return replace(hardware, gpus=(gpu,) * count)
 
 
 def _find_gpus(visible: str | None) -> list[Gpu]:
@@ -102,17 +110,12 @@ def _read_cpuinfo(path: Path) -> tuple[str, set[str]]:
     return name, flags
 
 
-def _count_cores(cgroup_quota: Path) -> int:
+def _count_cores(quota: float | None) -> int:
     """Return the cores that this process may use: its affinity, cut by the container's CPU quota."""
     cores = len(os.sched_getaffinity(0))
-    if cgroup_quota.exists():
-        quota_us, period_us = cgroup_quota.read_text().split()
-        if quota_us != "max":
-            cores = min(cores, max(1, int(quota_us) // int(period_us)))
-    return cores
+    return cores if quota is None else min(cores, max(1, int(quota)))
 
 
-def _memory_limit_bytes(cgroup_limit: Path) -> int:
+def _count_memory_bytes(limit_bytes: int | None) -> int:
     total: int = psutil.virtual_memory().total
-    limit = cgroup_limit.read_text().strip() if cgroup_limit.exists() else "max"
-    return total if limit == "max" else min(total, int(limit))
+    return total if limit_bytes is None else min(total, limit_bytes)

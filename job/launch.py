@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from job.cgroup import count_oom_kills
 from job.errors import (
     ERROR_BY_CODE,
     PREEMPTED,
@@ -166,10 +167,3 @@ def _log_tail(path: Path) -> None:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     if lines:
         logger.error("the end of %s:\n%s", path.name, "\n".join(lines[-_LOG_TAIL_LINES:]))
-
-
-def count_oom_kills() -> int:
-    """Return how often the kernel killed a process of this container for memory (cgroup v2), 0 where it doesn't say."""
-    events = Path("/sys/fs/cgroup/memory.events")
-    counts = dict(line.split() for line in events.read_text().splitlines()) if events.exists() else {}
-    return int(counts.get("oom_kill", 0))

@@ -8,9 +8,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from job.cgroup import count_oom_kills
 from job.errors import ERROR_BY_CODE, InternalError, ResourcesError
 from job.handover import RunFolder, WorkerOutcome
-from job.launch import GRACE_S, count_oom_kills
+from job.launch import GRACE_S
 from job.launch_command import worker_environment
 from job.log import format_bytes, logger
 from job.plan import TrainPlan

@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
 from pydantic_settings import NoDecode
 
 
@@ -43,8 +44,20 @@ def _require_output_place(uri: str) -> str:
 
 
 Auto = Literal["auto"]
-Uri = Annotated[str, Field(min_length=1), AfterValidator(_refuse_credentials), AfterValidator(_require_scheme)]
-OutputUri = Annotated[Uri, AfterValidator(_require_output_place)]
+
+# The same rules for those who check settings by their JSON Schema. As `not`, because validators quote a value that
+# fails a pattern, and it may hold credentials.
+_WRONG_URI: list[JsonDict] = [
+    {"pattern": "://", "not": {"pattern": "^(s3|hf)?://"}},
+    {"pattern": r"://([^/]*:[\s\S]*@|[^/]*@[^/]*:)"},
+]
+_WRONG_OUTPUT: list[JsonDict] = [*_WRONG_URI, {"pattern": "^hf://"}, {"pattern": r"[*?\[]"}]
+
+_PlainUri = Annotated[str, Field(min_length=1), AfterValidator(_refuse_credentials), AfterValidator(_require_scheme)]
+Uri = Annotated[_PlainUri, Field(json_schema_extra={"not": {"anyOf": [*_WRONG_URI]}})]
+OutputUri = Annotated[
+    _PlainUri, AfterValidator(_require_output_place), Field(json_schema_extra={"not": {"anyOf": [*_WRONG_OUTPUT]}})
+]
 
 
 class Source(Group):
@@ -64,8 +77,17 @@ def _parse_sources(value: object) -> object:
     return [{"uri": source} if isinstance(source, str) else source for source in sources]
 
 
+# A list in a variable of its own arrives as text; within a group's JSON it is a list.
+_OneUri = Annotated[_PlainUri, Field(json_schema_extra={"not": {"anyOf": [*_WRONG_URI, {"pattern": r"^\s*[\[{]"}]}})]
+_SourcesInput = _OneUri | Annotated[list[Uri | Source], Field(min_length=1)]
+
 # NoDecode: a single URI is no JSON, so the library must not try to read it as such.
-Sources = Annotated[list[Source], Field(min_length=1), NoDecode, BeforeValidator(_parse_sources)]
+Sources = Annotated[
+    list[Source],
+    Field(min_length=1),
+    NoDecode,
+    BeforeValidator(_parse_sources, json_schema_input_type=_SourcesInput),
+]
 
 
 def _parse_names(value: object) -> object:
@@ -88,8 +110,13 @@ def _parse_target_modules(value: object) -> object:
     return names
 
 
-TargetModules = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_parse_target_modules)]
-Modules = Annotated[list[str], NoDecode, BeforeValidator(_parse_names)]
+_Name = Annotated[str, Field(min_length=1)]
+_Names = Annotated[str, Field(pattern="[A-Za-z0-9_]")] | Annotated[list[_Name], Field(min_length=1)]
+
+TargetModules = Annotated[
+    Literal["all-linear"] | list[str], BeforeValidator(_parse_target_modules, json_schema_input_type=_Names)
+]
+Modules = Annotated[list[str], NoDecode, BeforeValidator(_parse_names, json_schema_input_type=str | list[_Name])]
 
 
 def _parse_columns(value: object) -> object:
@@ -104,7 +131,7 @@ def _parse_columns(value: object) -> object:
 
 
 # NoDecode: the library would end the job at the first value that is no JSON.
-Columns = Annotated[dict[str, str], NoDecode, BeforeValidator(_parse_columns)]
+Columns = Annotated[dict[str, str], NoDecode, BeforeValidator(_parse_columns, json_schema_input_type=dict[str, _Name])]
 
 
 def _require_whole_steps(warmup: float) -> float:
@@ -113,4 +140,8 @@ def _require_whole_steps(warmup: float) -> float:
     return warmup
 
 
-Warmup = Annotated[float, AfterValidator(_require_whole_steps)]
+Warmup = Annotated[
+    float,
+    AfterValidator(_require_whole_steps),
+    Field(json_schema_extra={"not": {"minimum": 1, "not": {"multipleOf": 1}}}),
+]

@@ -23,6 +23,29 @@ def read_plan(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows if len(row) == 3}
 
 
+def test_check_for_gpus_that_are_elsewhere(tiny_model: Path, tmp_path: Path) -> None:
+    environment = job_environment(
+        tmp_path,
+        MODEL__ID=tiny_model,
+        DATA__URI=SHOP / "train.jsonl",
+        OUTPUT__URI=tmp_path / "slot",
+        TRAIN__OPTIMIZER="paged_adamw_8bit",
+        PARALLEL__ENGINE="fsdp2",
+    )
+    here = run_job(environment, "check")
+    assert (here.code, "it needs a GPU" in here.outcome["message"]) == (78, True), here.output
+    there = run_job(environment, "check", "--gpus", "4x80")
+    assert there.code == 0, there.output
+    plan = read_plan(there.output)
+    assert plan["device"] == ["cuda", "found 4 x GPU with 80 GiB, assumed"]
+    assert (plan["processes"][0], plan["dtype"][0], plan["engine"][0]) == ("4", "bfloat16", "fsdp2")
+    assert "run out of memory" not in there.output
+    tight = run_job(environment | {"SFT_PARALLEL__ENGINE": "ddp"}, "check", "--gpus", "1x0")
+    assert "training may run out of memory" in tight.output
+    for arguments in (("check", "--gpus", "four"), ("run", "--gpus", "4x80")):
+        assert run_job(environment, *arguments).code == 78
+
+
 def test_check_prints_the_plan_and_leaves_no_trace(
     seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -46,24 +46,16 @@ def test_a_machine_without_gpus_has_none_whatever_is_asked_for() -> None:
     assert select_visible([], "0,1") == []
 
 
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", 8), ("400000 100000", 4), ("150000 100000", 1), ("50000 100000", 1), ("6400000 100000", 8)],
-)
-def test_cores_by_quota(quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quota", "cores"), [(None, 8), (4.0, 4), (1.5, 1), (0.5, 1), (64.0, 8)])
+def test_cores_by_quota(quota: float | None, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert hardware._count_cores(tmp_path / "cpu.max") == cores
-    assert hardware._count_cores(tmp_path / "none") == 8
+    assert hardware._count_cores(quota) == cores
 
 
-def test_memory_by_limit(tmp_path: Path) -> None:
+def test_memory_by_limit() -> None:
     total = psutil.virtual_memory().total
-    limit = tmp_path / "memory.max"
-    for text, expected in (("max", total), (str(2**20), 2**20), (str(2**60), total)):
-        limit.write_text(text + "\n")
-        assert hardware._memory_limit_bytes(limit) == expected
-    assert hardware._memory_limit_bytes(tmp_path / "none") == total
+    for limit_bytes, expected in ((None, total), (2**20, 2**20), (2**60, total)):
+        assert hardware._count_memory_bytes(limit_bytes) == expected
 
 
 def test_cpu_name_and_flags(tmp_path: Path) -> None:

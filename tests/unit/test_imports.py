@@ -61,9 +61,9 @@ def test_imports_point_one_way() -> None:
     assert importers("job.train") <= {m for m in MODULES if m.startswith("job/train/")}
     assert {m for m in importers("job.storage", "job.train") if m.startswith("job/data/")} == set()
     settings = [module for module in MODULES if module.startswith("job/settings")]
-    for leaf in ("job/errors.py", "job/hardware.py", "job/log.py", *settings):
+    for leaf in ("job/cgroup.py", "job/errors.py", "job/hardware.py", "job/log.py", *settings):
         inner = {name for name in imported_names(ast.parse(MODULES[leaf].read_text())) if is_within(name, ("job",))}
-        allowed = ("job.errors", "job.settings_fields", "job.settings_groups", "job.settings_problems")
+        allowed = ("job.cgroup", "job.errors", "job.settings_fields", "job.settings_groups", "job.settings_problems")
         assert {name for name in inner if not is_within(name, allowed)} == set()
     for module in (m for m in MODULES if m.startswith(("job/data/", "job/storage/"))):
         inner = {name for name in imported_names(ast.parse(MODULES[module].read_text())) if is_within(name, ("job",))}
