@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed test-faults soak test-gpu bench-data bench-loss bench-checkpoints lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-distributed test-faults test-docker test-cluster soak test-gpu bench-data bench-loss bench-checkpoints lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,8 +47,54 @@ bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks agains
 bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints costs a training (BENCH=--quick for a tiny model)
 	$(BIN)/python tests/bench/checkpoints.py $(BENCH)
 
+CHART := charts/sft-job
+# The values of a JobSet are for clusters that have it.
+APIS := --api-versions jobset.x-k8s.io/v1alpha2
+chart: $(INSTALLED) ## Lint and render the chart with each of its example values by Helm 4 and 3, and package it
+	@set -eu; mkdir -p .cache/chart; for name in helm helm3; do \
+	  helm=$$($(BIN)/python tests/tools.py $$name); echo "$$($$helm version --short)"; \
+	  for values in $(CHART)/ci/*-values.yaml; do \
+	    $$helm lint --strict --quiet $(CHART) --values $$values; \
+	    $$helm template demo $(CHART) --values $$values $(APIS) > .cache/chart/rendered.yaml; \
+	    echo "$$values: $$(grep -c '^kind:' .cache/chart/rendered.yaml) objects"; \
+	  done; done; \
+	$$($(BIN)/python tests/tools.py helm) package $(CHART) --destination .cache/chart
+
 # The chart's templates are no YAML until Helm has filled them in: the tests check what comes out.
 YAML := .yamllint $(wildcard .github charts/sft-job/*.yaml charts/sft-job/ci job/*.yaml job/*/*.yaml tests/*/*.yaml)
+
+# VARIANT=cpu needs TORCH_INDEX_URL: PyTorch's index of CPU wheels, or nothing where pip's own index has them. Where Debian
+# or the packages come from another place: BASE_IMAGE, BUILD_IMAGE, DOCKER_BUILD_FLAGS. The build needs BuildKit.
+VARIANT ?= cuda
+DOCKER ?= docker
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' job/__init__.py)
+IMAGE ?= sft-job:$(VERSION)$(if $(filter cpu,$(VARIANT)),-cpu)
+SOURCE ?= $(if $(GITHUB_REPOSITORY),$(GITHUB_SERVER_URL)/$(GITHUB_REPOSITORY))
+
+image: ## Build the image and show its size by layer (VARIANT=cpu for machines without a GPU)
+	$(if $(filter cuda cpu,$(VARIANT)),,$(error VARIANT=$(VARIANT): must be cuda or cpu))
+	$(if $(filter cpuundefined,$(VARIANT)$(origin TORCH_INDEX_URL)),$(error VARIANT=cpu: set TORCH_INDEX_URL to the index \
+	  of CPU wheels that pytorch.org names, or to nothing where pip finds them by itself))
+	DOCKER_BUILDKIT=1 $(DOCKER) build $(DOCKER_BUILD_FLAGS) --file docker/Dockerfile --tag $(IMAGE) \
+	  $(foreach name,BASE_IMAGE BUILD_IMAGE TORCH_INDEX_URL,$(if $($(name)),--build-arg $(name)=$($(name)))) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git describe --always --abbrev=40 --dirty --exclude '*') \
+	  --build-arg SOURCE=$(SOURCE) .
+	@$(DOCKER) history --human=false --format '{{.Size}} {{.CreatedBy}}' $(IMAGE) | awk '$$1 > 0 \
+	  {printf "%8.1f MB  %.90s\n", $$1 / 1e6, substr($$0, length($$1) + 2); total += $$1} \
+	  END {printf "%8.1f MB  $(IMAGE)\n", total / 1e6}'
+
+SBOM = dist/$(subst :,-,$(notdir $(IMAGE))).cdx.json
+sbom: .cache/sbom-venv/.installed ## List what the image holds, of Debian and of Python, in dist/ as CycloneDX (VARIANT as for image)
+	.cache/sbom-venv/bin/python docker/sbom.py $(DOCKER) $(IMAGE) > $(SBOM).new
+	mv $(SBOM).new $(SBOM)
+
+test-docker: $(INSTALLED) ## Build the CPU image on a local base and run it with a real engine, which is started if need be
+	@tests/docker/engine.sh run $(BIN)/python -m pytest tests/docker
+
+# On the cluster of KUBECONFIG, with SFT_TEST_IMAGE and SFT_TEST_HOST, or on one that the program CLUSTER starts here:
+# all of it is explained at the top of tests/cluster/conftest.py. ARGS are pytest's, such as ARGS='-k drained'.
+test-cluster: $(INSTALLED) ## Run the chart and the image on a real Kubernetes cluster, with S3 on this machine
+	@tests/cluster/run.sh $(BIN)/python $(ARGS)
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -64,8 +110,9 @@ format: $(INSTALLED) ## Format the code
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
-docs: $(INSTALLED) ## Write the README's generated tables anew
+docs: $(INSTALLED) ## Write the README's generated tables anew, and the chart's files that follow from the code
 	$(BIN)/python tests/docs.py
+	$(BIN)/python tests/chart_files.py
 
 lock: ## Resolve the newest versions within pyproject.toml's ranges into requirements.lock
 	rm -rf .cache/lock-venv
@@ -85,6 +132,13 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	grep '^torch==' requirements.lock | xargs $(BIN)/pip install --quiet --disable-pip-version-check
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+# The tool of `make sbom` is no part of the job and its tests.
+.cache/sbom-venv/.installed: docker/sbom.lock
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	mkdir -p dist
 	touch $@
 
 # mitmproxy has an environment of its own, for it pins libraries that the job needs in other versions.

@@ -7,8 +7,10 @@ would change anything.
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
@@ -24,26 +26,46 @@ _SETTINGS_HEAD = ["variable", "default", "unit", "what it is"]
 def exit_codes_table() -> str:
     """Return the table of `job.errors.EXIT_CODES`."""
     rows = [[str(code.code), f"`{code.name}`", code.when, KUBERNETES_ACTION[code.retry]] for code in EXIT_CODES]
-    return _table(["code", "name", "when", "Kubernetes does"], rows)
+    return table(["code", "name", "when", "Kubernetes does"], rows)
 
 
 def settings_table() -> str:
     """Return a table for each group of settings, from their JSON Schema."""
-    schema = Settings.model_json_schema()
     parts = []
+    for name, group in groupby(settings_rows(), key=lambda row: row.group):
+        rows = list(group)
+        head = f"**{name}**, a setting that stands alone:" if rows[0].field is None else f"**{name}**: {rows[0].about}"
+        cells = [[f"`{row.variable}`", row.default, row.unit, row.meaning] for row in rows]
+        parts.append(f"{head}\n\n{table(_SETTINGS_HEAD, cells)}")
+    return "\n\n".join(parts)
+
+
+class Row(NamedTuple):
+    """One setting as a table shows it; `about` describes its group, and a setting that stands alone has no field."""
+
+    group: str
+    field: str | None
+    about: str
+    default: str
+    unit: str
+    meaning: str
+
+    @property
+    def variable(self) -> str:
+        """The setting's own variable."""
+        return (PREFIX + (self.group if self.field is None else f"{self.group}{DELIMITER}{self.field}")).upper()
+
+
+def settings_rows() -> Iterator[Row]:
+    """Yield every setting, group by group."""
+    schema = Settings.model_json_schema()
     for name, reference in schema["properties"].items():
         if "$ref" not in reference:
-            table = _table(_SETTINGS_HEAD, [_setting_row(f"{PREFIX}{name}".upper(), reference, False)])
-            parts.append(f"**{name}**, a setting that stands alone:\n\n{table}")
+            yield Row(name, None, "", *_setting_cells(reference, False))
             continue
         group = schema["$defs"][reference["$ref"].rsplit("/", 1)[-1]]
-        rows = [
-            _setting_row(f"{PREFIX}{name}{DELIMITER}{field}".upper(), about, field in group.get("required", ()))
-            for field, about in group["properties"].items()
-        ]
-        table = _table(_SETTINGS_HEAD, rows)
-        parts.append(f"**{name}**: {group['description']}\n\n{table}")
-    return "\n\n".join(parts)
+        for field, about in group["properties"].items():
+            yield Row(name, field, group["description"], *_setting_cells(about, field in group.get("required", ())))
 
 
 def update(readme: str) -> str:
@@ -51,17 +73,25 @@ def update(readme: str) -> str:
 
     Raises ValueError where a pair of markers is missing or there twice.
     """
-    for name, text in (("exit codes", exit_codes_table()), ("settings", settings_table())):
+    return fill(readme, {"exit codes": exit_codes_table(), "settings": settings_table()})
+
+
+def fill(page: str, texts: dict[str, str]) -> str:
+    """Return a page with each text between the markers of its name.
+
+    Raises ValueError where a pair of markers is missing or there twice.
+    """
+    for name, text in texts.items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-        if (readme.count(begin), readme.count(end)) != (1, 1) or readme.index(begin) > readme.index(end):
+        if (page.count(begin), page.count(end)) != (1, 1) or page.index(begin) > page.index(end):
             raise ValueError(f"README.md needs one {begin} and, after it, one {end}")
-        before, rest = readme.split(begin)
+        before, rest = page.split(begin)
         after = rest.split(end)[1]
-        readme = f"{before}{begin}\n\n{text}\n\n{end}{after}"
-    return readme
+        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    return page
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *([_escape(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -70,12 +100,12 @@ def _escape(cell: str) -> str:
     return re.sub(r"\s+", " ", cell).replace("|", r"\|")
 
 
-def _setting_row(variable: str, about: dict[str, Any], is_required: bool) -> list[str]:
+def _setting_cells(about: dict[str, Any], is_required: bool) -> tuple[str, str, str]:
     unit = about.get("unit", "none")
     allowed = _allowed(about)
     meaning = about["description"] + (f" ({allowed})" if allowed else "")
     default = "required" if is_required else _default(about["default"])
-    return [f"`{variable}`", default, "" if unit == "none" else unit, meaning]
+    return default, "" if unit == "none" else unit, meaning
 
 
 def _default(value: object) -> str:

