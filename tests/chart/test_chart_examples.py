@@ -133,8 +133,8 @@ def test_pods_have_no_rights_that_they_do_not_need(path: Path) -> None:
 def test_what_the_job_writes_to_is_a_volume(path: Path) -> None:
     for container in containers_in(everything(path)):
         mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
-        assert {"/work", "/dev/shm"} <= mounted
-        hub_cache = environment_of(container).get("HF_HOME", "/work")
+        assert {"/workdir", "/dev/shm"} <= mounted
+        hub_cache = environment_of(container).get("HF_HOME", "/workdir")
         assert any(Path(hub_cache).is_relative_to(place) for place in mounted)
     for pod in pods_in(everything(path)):
         [shm] = [volume for volume in pod["volumes"] if volume["name"] == "shm"]

@@ -60,7 +60,7 @@ def test_the_defaults_are_secure(release: Release) -> None:
     assert (status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == ("1", "2")  # 2: a filter is in force
     for folder in ("/", "/tmp", "/opt/venv"):
         assert "Read-only file system" in run(f"touch {folder}/x 2>&1 || true")
-    assert run("touch /work/x /dev/shm/x && echo written") == "written\n"
+    assert run("touch /workdir/x /dev/shm/x && echo written") == "written\n"
     assert run("ls /var/run/secrets/kubernetes.io 2>&1 || true").endswith("No such file or directory\n")
 
 

