@@ -37,7 +37,9 @@ else
     eval "$environment"
   fi
   for controller in kueue jobset; do
-    "$CLUSTER" add "$controller" || echo "WITHOUT $controller: its tests are SKIPPED, for it did not start"
+    "$CLUSTER" add "$controller" && continue
+    echo "WITHOUT $controller: its tests are SKIPPED, for it did not start"
+    export SFT_TEST_WITHOUT="${SFT_TEST_WITHOUT-} $controller"
   done
   version=$("$python" -c 'import job; print(job.__version__)')
   [[ -n ${SFT_TEST_IMAGE-} ]] || load_image
