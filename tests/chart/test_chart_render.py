@@ -1,5 +1,6 @@
 """What single values of the chart become: GPUs, nodes, volumes, queues, schedules and what is Kubernetes' own."""
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,16 @@ def test_a_network_policy_lets_only_nodes_of_one_run_talk(nodes: int) -> None:
         [peer] = rule["from"]
         assert peer["podSelector"]["matchLabels"].items() <= labels.items()
     kubernetes_validate.validate(only(objects, "NetworkPolicy"), "1.29", strict=True)
+
+
+def test_prometheus_finds_the_metrics_where_the_job_serves_them() -> None:
+    settings = {"runtime": {"metrics_port": 9400}}
+    objects = render(values_with(podMonitor={"enabled": True, "interval": "30s"}, settings=settings))
+    monitor, pods = only(objects, "PodMonitor")["spec"], job_spec(only(objects, "Job"))["template"]
+    [port] = container_of(objects)["ports"]
+    assert json.loads(environment_of(container_of(objects))["SFT_RUNTIME"])["metrics_port"] == port["containerPort"]
+    assert monitor["podMetricsEndpoints"] == [{"port": port["name"], "interval": "30s"}]
+    assert monitor["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
 
 
 def test_the_image_is_that_of_the_chart_unless_told_otherwise() -> None:
