@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-distributed test-faults test-docker test-cluster soak test-gpu bench-data bench-loss bench-checkpoints lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench-data bench-loss bench-checkpoints lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,6 +18,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 
 test: $(INSTALLED) ## Run the tests, but for those of the targets below
 	$(PYTEST)
+
+test-chart: $(INSTALLED) ## Run the tests of the chart, by Helm 4 and 3, and of training from CI
+	$(PYTEST) tests/chart
 
 test-distributed: $(INSTALLED) ## Run real trainings under every engine, on several hosts, and out of memory
 	@[ "$$(id -u)" = 0 ] || echo "SKIPPED: without root there are no network namespaces, so NOTHING is run on several hosts"
