@@ -168,7 +168,8 @@ class FakeCluster:
         own = ("GITHUB_", "HELM_", "TRAIN_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         return subprocess.Popen(
-            [str(script), "demo", str(values), *arguments],
+            # Started in the background, tests may ignore SIGINT, and a shell can't trap what it was told to ignore.
+            ["env", "--default-signal=INT", str(script), "demo", str(values), *arguments],
             env=inherited | {"PATH": f"{programs}:{os.environ['PATH']}"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -236,7 +236,10 @@ def test_told_to_stop_it_uninstalls_so_that_the_job_saves_its_checkpoint(
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         process.send_signal(number)
-        process.communicate(timeout=30)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == code
     assert cluster.helm_calls()[-1] == "uninstall demo"
 

@@ -33,7 +33,7 @@ else
   if [[ -z ${KUBECONFIG-} ]]; then
     [[ $(id -u) == 0 ]] || skip "only root can start a cluster by $CLUSTER"
     tidy_up() { "$CLUSTER" down; rm -r "$scratch"; }
-    environment=$("$CLUSTER" up)
+    environment=$("$CLUSTER" up) || skip "$CLUSTER could not start a cluster"
     eval "$environment"
   fi
   for controller in kueue jobset; do
