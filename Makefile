@@ -64,7 +64,7 @@ chart: $(INSTALLED) ## Lint and render the chart with each of its example values
 	$$($(BIN)/python tests/tools.py helm) package $(CHART) --destination .cache/chart
 
 # The chart's templates are no YAML until Helm has filled them in: the tests check what comes out.
-YAML := .yamllint $(wildcard .github charts/sft-job/*.yaml charts/sft-job/ci job/*.yaml job/*/*.yaml tests/*/*.yaml)
+YAML := .yamllint $(wildcard .github charts/sft-job/*.yaml charts/sft-job/ci job/*.yaml job/*/*.yaml tests/*.yaml)
 
 # VARIANT=cpu needs TORCH_INDEX_URL: PyTorch's index of CPU wheels, or nothing where pip's own index has them. Where Debian
 # or the packages come from another place: BASE_IMAGE, BUILD_IMAGE, DOCKER_BUILD_FLAGS. The build needs BuildKit.
