@@ -1,6 +1,7 @@
 """The job, read top to bottom: settings -> inputs -> data set -> plan -> launch -> publish.
 
-`sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema.
+`sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema,
+and `sft-job verify URI` looks at what was published.
 This is the only place that turns an exception into an exit code.
 """
 
@@ -166,6 +167,14 @@ def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | Non
         return "is ready to train"
 
 
+def look_at(command: Command, runtime: RuntimeSettings, progress: Progress) -> str:
+    """Carry out a command on published slots, which needs no settings but the runtime's; return what was found."""
+    from job.verify import verify
+
+    progress.output = command.uris[0]
+    return verify(command.uris[0], runtime, progress)
+
+
 def prepare(
     settings: Settings, hardware: "Hardware", node: Node, work_dir: Path, progress: Progress
 ) -> "Prepared | None":
@@ -246,7 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK.code
     progress = Progress()
     ending, message, hint = _execute(command, runtime, progress)
-    if ending is OK:
+    if ending is OK and command.uris:
+        logger.info("%s", message)
+    elif ending is OK:
         logger.info("run %s %s (%s)", progress.run_id, message, progress.output)
     else:
         logger.error("%s", message)
@@ -261,6 +272,8 @@ def _execute(command: Command, runtime: RuntimeSettings, progress: Progress) -> 
     """Run a command; return how it ended, with message and hint."""
     raise_on_stop_signals(partial(_say_last_words, runtime, progress))
     try:
+        if command.uris:
+            return OK, look_at(command, runtime, progress), ""
         settings = load_settings()
         progress.output = settings.output.uri
         if command.name == "check":
