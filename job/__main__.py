@@ -137,7 +137,7 @@ def _publish(
     from job.inputs import MODEL_FOLDER
     from job.merge import merge_adapter
     from job.publish import publish_run
-    from job.report import format_metrics
+    from job.report.text import format_metrics, format_result
 
     if lease is None:
         progress.enter("publishing, which node 0 does")
@@ -151,7 +151,8 @@ def _publish(
 
     progress.enter("publishing")
     be_patient(prepared.settings.runtime.grace_seconds * GRACE_SHARE)
-    publish_run(prepared, folder, lease)
+    record = publish_run(prepared, folder, lease)
+    logger.info("the result:\n%s", format_result(record, find_terminal(prepared.settings.runtime.log_format)))
 
 
 def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | None) -> str:
@@ -192,8 +193,8 @@ def prepare(
     from job.plan import make_plan
     from job.prepared import Prepared
     from job.publish import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
-    from job.report import format_plan
-    from job.report_xray import format_xray
+    from job.report.plan import format_plan
+    from job.report.xray import format_xray
 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download

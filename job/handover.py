@@ -150,6 +150,11 @@ class RunFolder:
         return self.root / "result.json"
 
     @property
+    def evaluation(self) -> Path:
+        """The Evaluation, as JSON."""
+        return self.root / "evaluation.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder in which rank 0 leaves checkpoints, each whole in a folder of its own, `step-00000042`."""
         return self.root / "checkpoints"

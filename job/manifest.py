@@ -1,21 +1,16 @@
-"""What ran: the identity of a run (`run_id`) and the manifest that is published last, when all else is in place."""
+"""The identity of a run (`run_id`): what of settings, data and base model decides what is learned."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import job
-from job.hardware import Hardware
-from job.plan import TrainPlan
 from job.presets import find_preset
 from job.settings import Settings
 
 MANIFEST_NAME = "manifest.json"
-_SCHEMA_VERSION = 1
 _PACKAGES = (
     "torch",
     "transformers",
@@ -92,34 +87,3 @@ def make_run_id(
         "chat_template": chat_template,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def make_manifest(
-    *,
-    run_id: str,
-    settings: Settings,
-    plan: TrainPlan,
-    hardware: Hardware,
-    data: list[DataFile],
-    metrics: dict[str, Any],
-    files: list[Path],
-    folder: Path,
-) -> dict[str, Any]:
-    """Return the manifest of a run whose published files lie in `folder`."""
-    return {
-        "schema_version": _SCHEMA_VERSION,
-        "run_id": run_id,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "job_version": job.__version__,
-        "settings": settings.model_dump(mode="json"),
-        "base_model": {"id": plan.model_id, "revision": plan.model_revision},
-        "data": [asdict(file) for file in data],
-        "packages": package_versions(),
-        "hardware": asdict(hardware),
-        "plan": plan.model_dump(mode="json"),
-        "metrics": metrics,
-        "files": [
-            {"path": str(path.relative_to(folder)), "sha256": hash_file(path), "bytes": path.stat().st_size}
-            for path in files
-        ],
-    }

@@ -11,17 +11,17 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-import job
 from job.checkpoints.stored import CHECKPOINTS, CheckpointStore
 from job.errors import ConfigError, UnavailableError
 from job.handover import MERGED, RunFolder
 from job.lease import Lease
 from job.log import format_bytes, logger
-from job.manifest import MANIFEST_NAME, hash_file, make_manifest
+from job.manifest import MANIFEST_NAME, hash_file
 from job.memory.found import forget_memory_found
 from job.patience import insist
 from job.prepared import Prepared
-from job.report import format_model_card
+from job.record import RunRecord, make_manifest, record_run
+from job.report.pages import write_pages
 from job.storage import Store, open_store
 
 _SETTING = "SFT_OUTPUT__URI"
@@ -113,41 +113,26 @@ def _has_merged(manifest: Mapping[str, Any]) -> bool:
     return any(file["path"].startswith(f"{MERGED}/") for file in manifest["files"])
 
 
-def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
+def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> RunRecord:
     """Lay everything that belongs to the trained adapter beside it, and publish it to the run's slot."""
-    plan, inputs, metrics = prepared.plan, prepared.inputs, folder.read_result()
-    _name_base_model(folder.adapter, plan.model_id, inputs.base_model.hub_revision)
+    inputs = prepared.inputs
+    _name_base_model(folder.adapter, prepared.plan.model_id, inputs.base_model.hub_revision)
     prepared.dataset.tokenizer.save_pretrained(folder.adapter)
-    card = format_model_card(
-        plan,
-        run_id=inputs.run_id,
-        job_version=job.__version__,
-        metrics=metrics,
-        is_on_hub=inputs.base_model.hub_revision is not None,
-    )
-    (folder.adapter / "README.md").write_text(card, encoding="utf-8")
     for source in (folder.plan, folder.xray, folder.metrics):
         shutil.copy(source, folder.adapter)
     _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
-    manifest = make_manifest(
-        run_id=inputs.run_id,
-        settings=prepared.settings,
-        plan=plan,
-        hardware=prepared.hardware,
-        data=prepared.dataset.files,
-        metrics=metrics,
-        files=sorted(path for path in folder.adapter.rglob("*") if path.is_file()),
-        folder=folder.adapter,
-    )
+    record = record_run(prepared, folder)
+    pages = write_pages(record, folder.adapter)
     publish(
         prepared.slot,
         folder.adapter,
-        manifest,
+        make_manifest(record, pages),
         overwrite=prepared.settings.output.overwrite,
         check_lease=lease.check,
     )
     prepared.checkpoints.clear(inputs.run_id)
     forget_memory_found(prepared.slot)
+    return record
 
 
 def _set_aside(sources: list[Path], target: Path) -> None:

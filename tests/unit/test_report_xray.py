@@ -11,7 +11,7 @@ from job.data.split import TooLong
 from job.data.turn_end import TurnEnd
 from job.data.xray import FileRows, count_lengths
 from job.log import Terminal
-from job.report_xray import format_xray
+from job.report.xray import format_xray
 
 XRAY = XRay(
     files=(

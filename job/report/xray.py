@@ -1,10 +1,10 @@
 """The X-ray of the data as text, for a log or a terminal."""
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 
 from job.data import Lengths, Piece, TurnEnd, XRay
 from job.log import Terminal
+from job.report.columns import count_columns, cut, make_visible, wrap
 
 _LABEL_WIDTH = 12
 _SAMPLE_LINES = 12  # of each row
@@ -19,29 +19,35 @@ def format_xray(xray: XRay, terminal: Terminal) -> str:
     What is supervised in the examples is green, or stands in [[double brackets]] where there is no colour.
     """
     bars = max(10, min(50, terminal.width - _LABEL_WIDTH - 24))
-    sections = {
-        "Rows": _describe_rows(xray),
-        "Files": _describe_files(xray),
-        "Tokens": [
-            f"{xray.tokens:,} to train on, {xray.supervised_tokens:,} of them supervised "
-            f"({xray.supervised_tokens / xray.tokens:.0%})"
-        ],
-        "Lengths": [*_describe_lengths(xray), *_draw_histogram(xray.lengths, bars)],
-        "Stops": _describe_turn_end(xray.turn_end, xray.kept),
-        "Copies": [
-            f"{xray.duplicates:,} rows repeat another; {xray.held_out_in_train:,} of {xray.held_out:,} held-out rows "
-            "are trained on"
-        ],
-    }
-    lines = []
+    sections = describe_xray(xray)
+    sections["Lengths"] += _draw_histogram(xray.lengths, bars)
+    lines: list[str] = []
     for label, texts in sections.items():
-        wrapped = [line for text in texts for line in _wrap(text, terminal.width - _LABEL_WIDTH)]
+        wrapped = [line for text in texts for line in wrap(text, terminal.width - _LABEL_WIDTH)]
         lines += [f"{label if index == 0 else '':<{_LABEL_WIDTH}}{line}" for index, line in enumerate(wrapped)]
     how = f"{_GREEN}green{_PLAIN}" if terminal.has_colour else "in [[ ]]"
     lines.append(f"First rows, what is supervised {how}:")
     for number, sample in enumerate(xray.samples, start=1):
         lines += _draw_sample(number, sample, terminal)
     return "\n".join(lines)
+
+
+def describe_xray(xray: XRay) -> dict[str, list[str]]:
+    """Return what there is to say of the rows, by subject; each text is a sentence or a list of numbers."""
+    return {
+        "Rows": _describe_rows(xray),
+        "Files": _describe_files(xray),
+        "Tokens": [
+            f"{xray.tokens:,} to train on, {xray.supervised_tokens:,} of them supervised "
+            f"({xray.supervised_tokens / xray.tokens:.0%})"
+        ],
+        "Lengths": _describe_lengths(xray),
+        "Stops": _describe_turn_end(xray.turn_end, xray.kept),
+        "Copies": [
+            f"{xray.duplicates:,} rows repeat another; {xray.held_out_in_train:,} of {xray.held_out:,} held-out rows "
+            "are trained on"
+        ],
+    }
 
 
 def _describe_rows(xray: XRay) -> list[str]:
@@ -102,7 +108,7 @@ def _draw_sample(number: int, sample: Sequence[Piece], terminal: Terminal) -> li
     """Return a row's text line by line, cut to the width, with the supervised part marked anew on each line."""
     lines: list[list[Piece]] = [[]]
     for piece in sample:
-        first, *others = _make_visible(piece.text).split("\n")
+        first, *others = make_visible(piece.text).split("\n")
         lines[-1].append(Piece(first, piece.supervised))
         lines += [[Piece(text, piece.supervised)] for text in others]
     if not any(piece.text for piece in lines[-1]):
@@ -121,63 +127,8 @@ def _draw_line(pieces: Sequence[Piece], terminal: Terminal, width: int) -> str:
     for piece in pieces:
         before, after = ("", "") if not piece.supervised else _MARKS[terminal.has_colour]
         room = width - (0 if terminal.has_colour else len(before) + len(after))
-        text = _cut(piece.text, room)
+        text = cut(piece.text, room)
         if text:
             drawn += f"{before}{text}{after}"
-            width = room - _columns(text)
+            width = room - count_columns(text)
     return drawn
-
-
-def _make_visible(text: str) -> str:
-    """Replace control characters, which could clear a terminal or forge a line of the log."""
-    return "".join(
-        character if character == "\n" or unicodedata.category(character) != "Cc" else _escape(character)
-        for character in text
-    )
-
-
-def _escape(character: str) -> str:
-    return "    " if character == "\t" else f"\\x{ord(character):02x}"
-
-
-def _columns(text: str) -> int:
-    """Return the columns that a text takes on a terminal: two for a wide character, such as most of CJK."""
-    return sum(_character_columns(character) for character in text)
-
-
-def _character_columns(character: str) -> int:
-    if unicodedata.combining(character) or unicodedata.category(character) in ("Cf", "Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def _cut(text: str, width: int) -> str:
-    """Cut a text's middle out, so that it takes so many columns: the end of an answer shows what ends it."""
-    if _columns(text) <= width:
-        return text
-    if width < 4:
-        return ""
-    tail = _take(text[::-1], (width - 3) // 3)[::-1]
-    return f"{_take(text, width - 3 - _columns(tail))}...{tail}"
-
-
-def _take(text: str, width: int) -> str:
-    """Return as much of a text's start as fits into so many columns."""
-    used = 0
-    for index, character in enumerate(text):
-        used += _character_columns(character)
-        if used > width:
-            return text[:index]
-    return text
-
-
-def _wrap(text: str, width: int) -> Iterator[str]:
-    """Break a text between words into lines of at most so many columns; a longer word has a line of its own."""
-    line = ""
-    for word in text.split(" "):
-        if line and _columns(line) + 1 + _columns(word) > width:
-            yield line
-            line = f"  {word}"
-        else:
-            line = f"{line} {word}" if line else word
-    yield line
