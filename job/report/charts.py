@@ -1,54 +1,24 @@
-"""The report's charts, drawn by matplotlib as SVG that stands in the page itself: its text follows the page's font, its
-colours are the page's variables, so that they turn with it from light to dark."""
+"""The report's charts: what is drawn of a run, and with which colours."""
 
-import io
-import logging
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from job.record import RunRecord
 from job.report.facts import estimated_peak_bytes
 from job.report.numbers import as_number
 from job.report.series import Point, derive_speed, read_series, smooth, thin
+from job.report.svg import FIRST, MUTED, SECOND, draw_svg, label_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that matplotlib is given, and the page's variables that they become.
-_TEXT, _LINE, _FIRST, _SECOND = "#000001", "#000002", "#000003", "#000004"
-_VARIABLES = {_TEXT: "var(--muted)", _LINE: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.xmargin": 0.02,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.7,
-    "font.family": ["sans-serif"],
-    "font.size": 11.5,
-    "text.color": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "lines.solid_joinstyle": "round",
-}
-_WIDTH, _HEIGHT = 432, 210  # in the units of the SVG, which the page stretches to its column
-_POINTS_AN_INCH = 72
 _DOTS_TO = 40  # points up to which each is marked
 _SMOOTH_FROM = 60
-_MOST_ROWS = 800
+_SMOOTH_POINTS = 120
+_SPIKE = 20  # times the median, from which on an axis is logarithmic
+_MOST_ROWS = 200
 _GIB = 2**30
 
 
@@ -63,15 +33,12 @@ class Chart:
 
 def draw_learning(record: RunRecord) -> list[Chart]:
     """Return the curves of loss, learning rate and gradient norm, those of them that metrics.jsonl has."""
-    losses = read_series(record.steps, "loss")
+    losses, held_out = read_series(record.steps, "loss"), _find_held_out(record)
     rates, norms = read_series(record.steps, "learning_rate"), read_series(record.steps, "grad_norm")
-    clipped = f"clipped from {record.plan.max_grad_norm:g} on"
-    charts = [_draw_loss(losses, _find_held_out(record))]
-    charts += [_draw_curve("Learning rate", rates)] if rates else []
-    charts += (
-        [_draw_curve("Gradient norm", norms, limit=record.plan.max_grad_norm, limit_name=clipped)] if norms else []
-    )
-    return [chart for chart in charts if chart.svg]
+    charts = [_draw_loss(losses, held_out)] if losses or held_out else []
+    charts += [_draw_rates(rates)] if rates else []
+    charts += [_draw_norms(norms, record.plan.max_grad_norm)] if norms else []
+    return charts
 
 
 def draw_rows(record: RunRecord) -> Chart | None:
@@ -84,12 +51,12 @@ def draw_rows(record: RunRecord) -> Chart | None:
     most = max(max(pair) for pair in known) * 1.05 or 1.0
 
     def paint(axes: "Axes") -> None:
-        axes.plot([0, most], [0, most], color=_TEXT, linewidth=1, dashes=(4, 3))
-        axes.plot(*zip(*known, strict=True), "o", color=_FIRST, markersize=5, alpha=0.6, markeredgewidth=0)
+        axes.plot([0, most], [0, most], color=MUTED, linewidth=1, dashes=(4, 3))
+        axes.plot(*zip(*known, strict=True), "o", color=FIRST, markersize=5, alpha=0.6, markeredgewidth=0)
         axes.set(xlim=(0, most), ylim=(0, most), xlabel="loss before", ylabel="loss after")
 
-    keys = [("first", "a held-out row"), ("muted", "as before; below it is better")]
-    return Chart("Loss of each held-out row", _draw("rows", paint), keys)
+    keys = [("first", "a row"), ("muted", "no change; below is better")]
+    return Chart("Loss of each held-out row", draw_svg("Loss of each held-out row", paint), keys)
 
 
 def draw_speed(record: RunRecord) -> list[Chart]:
@@ -97,14 +64,12 @@ def draw_speed(record: RunRecord) -> list[Chart]:
     charts = []
     speeds = read_series(record.steps, "tokens_per_second") or derive_speed(record.steps)
     if speeds:
-        charts.append(_draw_curve("Tokens a second", speeds, from_zero=True))
+        charts.append(_draw_from_zero("Tokens a second", speeds))
     memory = read_series(record.steps, "gpu_memory_bytes") or read_series(record.steps, "memory_bytes")
     if memory:
         used = [(step, size / _GIB) for step, size in memory]
-        limit = estimated_peak_bytes(record) / _GIB
-        charts.append(
-            _draw_curve("Memory of a process, GiB", used, limit=limit, limit_name="estimated peak", from_zero=True)
-        )
+        limit = (estimated_peak_bytes(record) / _GIB, "estimated peak")
+        charts.append(_draw_from_zero("Memory of a process, GiB", used, limit))
     return charts
 
 
@@ -114,15 +79,17 @@ def draw_lengths(histogram: Sequence[tuple[int, int]]) -> Chart:
     rows = [count for _, count in histogram]
 
     def paint(axes: "Axes") -> None:
-        bars = axes.barh(labels, rows, color=_FIRST, height=0.7)
-        axes.bar_label(bars, [f"{count:,}" for count in rows], padding=4, color=_TEXT)
+        bars = axes.barh(labels, rows, color=FIRST, height=0.7)
+        axes.bar_label(bars, [f"{count:,}" for count in rows], padding=4, color=MUTED)
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
         axes.margins(x=0.12)
 
-    return Chart("Rows by length in tokens", _draw("lengths", paint, height=22 * len(rows) + 24), [])
+    return Chart(
+        "Rows by length in tokens", draw_svg("Rows by length in tokens", paint, height=22 * len(rows) + 24), []
+    )
 
 
 def _find_held_out(record: RunRecord) -> list[Point]:
@@ -135,100 +102,57 @@ def _find_held_out(record: RunRecord) -> list[Point]:
 
 def _draw_loss(losses: Sequence[Point], held_out: Sequence[Point]) -> Chart:
     def paint(axes: "Axes") -> None:
-        _plot(axes, losses)
+        if losses:
+            _plot(axes, losses, is_noisy=True)
         if held_out:
-            axes.plot(*zip(*thin(held_out), strict=True), "o-", color=_SECOND, markersize=5)
-        _label_steps(axes)
+            axes.plot(*zip(*thin(held_out), strict=True), "o-", color=SECOND, markersize=5)
+        label_steps(axes)
 
     keys = [("first", "training")] if losses else []
     keys += [("second", "held-out rows")] if held_out else []
-    return Chart("Loss", _draw("loss", paint) if keys else "", keys)
+    return Chart("Loss", draw_svg("Loss", paint), keys)
 
 
-def _draw_curve(
-    title: str,
-    points: Sequence[Point],
-    *,
-    limit: float | None = None,
-    limit_name: str = "",
-    from_zero: bool = False,
-) -> Chart:
-    highest, lowest = (best(value for _, value in points) for best in (max, min))
-    is_limit_near = limit is not None and limit <= 2 * highest  # else it would squeeze the curve
+def _draw_norms(norms: Sequence[Point], clipped_from: float) -> Chart:
+    values = [norm for _, norm in norms]
+    is_clipped = max(values) > clipped_from / 2  # else the line would squeeze the curve
 
     def paint(axes: "Axes") -> None:
-        _plot(axes, points)
-        if is_limit_near and limit is not None:
-            axes.axhline(limit, color=_TEXT, linewidth=1, dashes=(4, 3))
-        if from_zero:
-            axes.set_ylim(bottom=0)
-        elif lowest > 0 and highest > 50 * lowest and limit is not None:
+        _plot(axes, norms, is_noisy=True)
+        if is_clipped:
+            axes.axhline(clipped_from, color=MUTED, linewidth=1, dashes=(4, 3))
+        if min(values) > 0 and max(values) > _SPIKE * median(values):
             axes.set_yscale("log")
-        _label_steps(axes)
+        label_steps(axes)
 
-    keys = [("muted", limit_name)] if is_limit_near else []
-    return Chart(title, _draw(title, paint), keys)
+    keys = [("muted", f"clipped from {clipped_from:g} on")] if is_clipped else []
+    return Chart("Gradient norm", draw_svg("Gradient norm", paint), keys)
 
 
-def _plot(axes: "Axes", points: Sequence[Point]) -> None:
-    """Draw a curve of training: as it is, or, where it is long, faint and with its running mean."""
-    if not points:
+def _draw_from_zero(title: str, points: Sequence[Point], limit: tuple[float, str] | None = None) -> Chart:
+    def paint(axes: "Axes") -> None:
+        _plot(axes, points, is_noisy=True)
+        if limit is not None:
+            axes.axhline(limit[0], color=MUTED, linewidth=1, dashes=(4, 3))
+        axes.set_ylim(bottom=0)
+        label_steps(axes)
+
+    return Chart(title, draw_svg(title, paint), [] if limit is None else [("muted", limit[1])])
+
+
+def _draw_rates(rates: Sequence[Point]) -> Chart:
+    def paint(axes: "Axes") -> None:
+        _plot(axes, rates, is_noisy=False)
+        label_steps(axes)
+
+    return Chart("Learning rate", draw_svg("Learning rate", paint), [])
+
+
+def _plot(axes: "Axes", points: Sequence[Point], *, is_noisy: bool) -> None:
+    """Draw a curve over steps: as it is, or, where it is long and noisy, faint and with its running mean."""
+    if not is_noisy or len(points) < _SMOOTH_FROM:
+        marker = "o" if len(points) <= _DOTS_TO else None
+        axes.plot(*zip(*thin(points), strict=True), color=FIRST, marker=marker, markersize=3)
         return
-    is_long = len(points) > _SMOOTH_FROM
-    marker = "o" if len(points) <= _DOTS_TO else None
-    xs, ys = zip(*thin(points), strict=True)
-    axes.plot(
-        xs, ys, color=_FIRST, marker=marker, markersize=3, alpha=0.35 if is_long else 1, linewidth=1 if is_long else 1.6
-    )
-    if is_long:
-        axes.plot(*zip(*thin(smooth(points)), strict=True), color=_FIRST)
-
-
-def _label_steps(axes: "Axes") -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_write_tick))
-    if axes.get_yscale() == "linear":
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(_write_tick))
-
-
-def _write_tick(value: float, _: object) -> str:
-    return f"{value:,.6g}"
-
-
-def _draw(name: str, paint: Callable[["Axes"], None], *, height: int = _HEIGHT) -> str:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it builds its list of fonts is nothing to warn of
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever this user's own matplotlibrc says
-        mpl.rcParams.update(_STYLE | {"svg.hashsalt": name})
-        figure = Figure(figsize=(_WIDTH / _POINTS_AN_INCH, height / _POINTS_AN_INCH), layout="constrained")
-        paint(figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _adopt(buffer.getvalue(), name)
-
-
-def _adopt(svg: str, name: str) -> str:
-    """Make an element of a page out of an SVG file: without ids that another chart has, too, in the page's font and
-    colours, its coordinates no finer than they are seen."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r'<svg .*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', svg, count=1
-    )
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r' (d|x|y|transform)="[^"]*"', _round_numbers, svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg
-
-
-def _round_numbers(attribute: re.Match[str]) -> str:
-    return re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", attribute[0]).replace(" \n", " ")
+    axes.plot(*zip(*thin(points), strict=True), color=FIRST, linewidth=1, alpha=0.35)
+    axes.plot(*zip(*thin(smooth(points), _SMOOTH_POINTS), strict=True), color=FIRST)

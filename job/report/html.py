@@ -24,18 +24,17 @@ from job.report.verdict import find_change, judge_learning
 from job.report.xray import describe_xray
 
 _TEMPLATE = "page.html"
-_VERDICTS = {"learned": "Learned", "worse": "Got worse", "unclear": "Not clear", "unknown": "Not known"}
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out loss before and after as the page shows it; `interval` is "" where it wasn't measured."""
+    """The held-out loss before and after as the page shows it."""
 
     before: str
     after: str
+    change: str
     perplexity_before: str
     perplexity_after: str
-    interval: str
     rows: str
 
 
@@ -56,7 +55,7 @@ def format_report(record: RunRecord) -> str:
         plan=record.plan,
         name=PurePosixPath(record.plan.model_id).name,
         verdict=judge_learning(record),
-        verdict_name=_VERDICTS[judge_learning(record).kind],
+        created=record.created_at[:16].replace("T", " ") + " UTC",
         held_out=_describe_held_out(record),
         **_describe_course(record),
         samples=[] if record.evaluation is None else [_describe_sample(sample) for sample in record.evaluation.samples],
@@ -84,14 +83,16 @@ def _describe_held_out(record: RunRecord) -> HeldOut | None:
     if before is None or after is None:
         return None
     change = find_change(record)
-    interval = "" if change is None else f"{change.change_low:+.3f} to {change.change_high:+.3f}"
+    interval = ""
+    if change is not None:
+        interval = f", 95 % interval {change.change_low:+.3f} to {change.change_high:+.3f}"
     rows = record.plan.eval_rows if change is None else change.rows
     return HeldOut(
         f"{before:.3f}",
         f"{after:.3f}",
+        f"{after - before:+.3f}{interval or ', its interval was not measured'}",
         format_perplexity(before),
         format_perplexity(after),
-        interval,
         f"{rows:,} row{'s' * (rows != 1)}",
     )
 

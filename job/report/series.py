@@ -1,7 +1,7 @@
 """Curves out of metrics.jsonl: points by step, of what is there and a number, few enough to draw."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from job.report.numbers import as_number
@@ -37,12 +37,13 @@ def derive_speed(steps: Sequence[dict[str, Any]]) -> list[Point]:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Return the running mean of a curve, over some 25th of it."""
-    weight = 1 / max(1.0, len(points) / 25)
-    smoothed, mean = [], points[0][1]
-    for step, value in points:
-        mean += weight * (value - mean)
-        smoothed.append((step, mean))
+    """Return the mean of each point's neighbourhood, which is some 25th of the curve."""
+    reach = max(1, len(points) // 50)
+    sums = list(accumulate((value for _, value in points), initial=0.0))
+    smoothed = []
+    for index, (step, _) in enumerate(points):
+        start, stop = max(0, index - reach), min(len(points), index + reach + 1)
+        smoothed.append((step, (sums[stop] - sums[start]) / (stop - start)))
     return smoothed
 
 

@@ -12,38 +12,48 @@ _FEW_ROWS = 10  # a bootstrap over fewer hardly knows how rows differ
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be thought of a run, in a sentence, and what speaks against relying on it.
+    """What is to be thought of a run: in a few words, in numbers, and what speaks against relying on them.
 
     `kind`: "learned" and "worse" only where the 95 % interval of the change leaves no change out; "unclear" where it
     doesn't, or where there is none; "unknown" without any held-out loss.
     """
 
     kind: Literal["learned", "unclear", "worse", "unknown"]
-    sentence: str
+    headline: str
+    detail: str
     caveats: list[str]
+
+    @property
+    def sentence(self) -> str:
+        """Headline and detail in one line."""
+        return f"{self.headline} {self.detail}".strip()
 
 
 def judge_learning(record: RunRecord) -> Verdict:
     """Say whether a run learned what it was shown, as far as its held-out rows can tell."""
     before, after = (as_number(record.metrics.get(name)) for name in ("eval_loss_base", "eval_loss"))
     if before is None or after is None:
-        return Verdict("unknown", f"{_why_unknown(record)} {_describe_training(record)}".strip(), _caveats(record))
+        headline, why = _why_unknown(record)
+        return Verdict("unknown", headline, f"{why} {_describe_training(record)}".strip(), _caveats(record))
     course = f"{'fell' if after < before else 'rose'} from {before:.3f} to {after:.3f}"
     change = find_change(record)
     if change is None:
-        return Verdict("unclear", f"The held-out loss {course}; how sure that is was not measured.", _caveats(record))
-    low, high = change.change_low, change.change_high
+        detail = f"The held-out loss {course}; how sure that is was not measured."
+        return Verdict("unclear", "Not sure.", detail, _caveats(record))
     if change.rows < 2:
-        sentence = f"Too little to tell: the loss of the one held-out row {course}."
-        return Verdict("unclear", sentence, _caveats(record))
+        return Verdict(
+            "unclear", "Too little to tell.", f"The loss of the one held-out row {course}.", _caveats(record)
+        )
+    low, high = change.change_low, change.change_high
     if low <= 0 <= high:
         interval = f"the 95 % interval of the change, {low:+.3f} to {high:+.3f}, includes none"
-        return Verdict("unclear", f"Too close to call: the held-out loss {course}, but {interval}.", _caveats(record))
+        detail = f"The held-out loss {course}, but {interval}."
+        return Verdict("unclear", "Too close to call.", detail, _caveats(record))
     least, most = sorted((abs(low), abs(high)))
-    by = f"by {abs(after - before):.3f} (95 % interval {least:.3f} to {most:.3f})"
+    detail = f"The held-out loss {course}, by {abs(after - before):.3f} (95 % interval {least:.3f} to {most:.3f})."
     if high < 0:
-        return Verdict("learned", f"It learned: the held-out loss {course}, {by}.", _caveats(record))
-    return Verdict("worse", f"It got worse: the held-out loss {course}, {by}.", _caveats(record))
+        return Verdict("learned", "It learned.", detail, _caveats(record))
+    return Verdict("worse", "It got worse.", detail, _caveats(record))
 
 
 def find_change(record: RunRecord) -> LossChange | None:
@@ -54,11 +64,11 @@ def find_change(record: RunRecord) -> LossChange | None:
     return change
 
 
-def _why_unknown(record: RunRecord) -> str:
+def _why_unknown(record: RunRecord) -> tuple[str, str]:
     if record.plan.eval_rows == 0:
-        return "There is nothing to compare with: no rows were held out."
+        return "Nothing to compare with.", "No rows were held out."
     problems = [] if record.evaluation is None else record.evaluation.problems
-    return f"The held-out rows could not be evaluated{f': {problems[0]}' if problems else ''}."
+    return "Not evaluated.", f"The held-out rows could not be evaluated{f': {problems[0]}' if problems else ''}."
 
 
 def _describe_training(record: RunRecord) -> str:
