@@ -83,7 +83,7 @@ def run(settings: Settings, progress: Progress) -> str:
 
 
 def _is_published(prepared: "Prepared") -> bool:
-    from job.publish import is_already_published
+    from job.slot import is_already_published
 
     output = prepared.settings.output
     return is_already_published(prepared.slot, prepared.inputs.run_id, overwrite=output.overwrite, merge=output.merge)
@@ -191,9 +191,9 @@ def prepare(
     from job.parallel import plan_parallel
     from job.plan import make_plan
     from job.prepared import Prepared
-    from job.publish import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
     from job.report import format_plan
     from job.report_xray import format_xray
+    from job.slot import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
