@@ -83,7 +83,7 @@ def run(settings: Settings, progress: Progress) -> str:
 
 
 def _is_published(prepared: "Prepared") -> bool:
-    from job.publish import is_already_published
+    from job.slot import is_already_published
 
     output = prepared.settings.output
     return is_already_published(prepared.slot, prepared.inputs.run_id, overwrite=output.overwrite, merge=output.merge)
@@ -137,7 +137,7 @@ def _publish(
     from job.inputs import MODEL_FOLDER
     from job.merge import merge_adapter
     from job.publish import publish_run
-    from job.report.text import format_metrics, format_result
+    from job.report.text import format_metrics
 
     if lease is None:
         progress.enter("publishing, which node 0 does")
@@ -151,8 +151,7 @@ def _publish(
 
     progress.enter("publishing")
     be_patient(prepared.settings.runtime.grace_seconds * GRACE_SHARE)
-    record = publish_run(prepared, folder, lease)
-    logger.info("the result:\n%s", format_result(record, find_terminal(prepared.settings.runtime.log_format)))
+    publish_run(prepared, folder, lease)
 
 
 def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | None) -> str:
@@ -192,9 +191,9 @@ def prepare(
     from job.parallel import plan_parallel
     from job.plan import make_plan
     from job.prepared import Prepared
-    from job.publish import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
     from job.report.plan import format_plan
     from job.report.xray import format_xray
+    from job.slot import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download

@@ -49,19 +49,10 @@ def estimated_peak_bytes(record: RunRecord) -> int:
 
 def describe_acceptance(record: RunRecord) -> str:
     """Say whether the published adapter was loaded back, and what came of it."""
-    acceptance = record.acceptance
-    if acceptance is None:
+    if record.acceptance is None:
         return "The published files were not loaded back."
-    if acceptance.skipped is not None:
-        return f"The published files were not loaded back: {acceptance.skipped}."
-    if acceptance.loss is None or acceptance.loss_trained is None:
-        return "The published files were loaded back in a fresh process."
-    rows = f"{acceptance.rows} row{'s' * (acceptance.rows != 1)}"
-    within = "" if acceptance.tolerance is None else f", within {acceptance.tolerance:.2g}"
-    return (
-        f"Loaded back in a fresh process: loss {acceptance.loss:.4f} on {rows}, "
-        f"{acceptance.loss_trained:.4f} when it was trained{within}."
-    )
+    text = record.acceptance.describe()
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def describe_serving(record: RunRecord) -> str:

@@ -6,12 +6,11 @@ from job.record import PublishedFile, RunRecord, describe_file
 from job.report.card import format_model_card
 from job.report.html import format_report
 
-REPORT = "report.html"
-MODEL_CARD = "README.md"
+PAGES = ("README.md", "report.html")
 
 
 def write_pages(record: RunRecord, folder: Path) -> list[PublishedFile]:
-    """Write README.md and report.html into the folder of the files to publish, and return them for the manifest."""
-    for name, page in ((MODEL_CARD, format_model_card(record)), (REPORT, format_report(record))):
+    """Write both into the folder of the files to publish, and return them for the manifest."""
+    for name, page in zip(PAGES, (format_model_card(record), format_report(record)), strict=True):
         (folder / name).write_text(page, encoding="utf-8", errors="replace")
-    return [describe_file(folder / name, folder) for name in (MODEL_CARD, REPORT)]
+    return [describe_file(folder / name, folder) for name in PAGES]
