@@ -47,8 +47,9 @@ def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
 def _lay_out(prepared: Prepared, folder: RunFolder) -> None:
     _name_base_model(folder.adapter, prepared)
     prepared.dataset.tokenizer.save_pretrained(folder.adapter)
-    for source in (folder.plan, folder.xray, folder.metrics):
-        shutil.copy(source, folder.adapter)
+    for source in (folder.plan, folder.xray, folder.metrics, folder.evaluation):
+        if source.exists():  # an evaluation that failed leaves none
+            shutil.copy(source, folder.adapter)
     _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
 
 

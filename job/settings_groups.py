@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.settings_fields import Auto, Columns, Group, Modules, OutputUri, Sources, TargetModules, Uri, Warmup, unit_of
+from job.settings_fields import (
+    Auto,
+    Columns,
+    Group,
+    Modules,
+    OutputUri,
+    Prompts,
+    Sources,
+    TargetModules,
+    Uri,
+    Warmup,
+    unit_of,
+)
 
 
 class ModelSettings(Group):
@@ -232,6 +244,26 @@ class ParallelSettings(Group):
     )
     wait_minutes: float = Field(
         15, gt=0, le=1440, description="How long nodes wait for each other", json_schema_extra=unit_of("minutes")
+    )
+
+
+class EvalSettings(Group):
+    """How what was learned is shown."""
+
+    prompts: Prompts | None = Field(
+        None,
+        description="Prompts that are answered before and after training: a JSON list of texts, or of lists of "
+        "messages; or a file of them, one a line (.txt, .jsonl); else some held-out rows are",
+    )
+    samples: int = Field(
+        4,
+        ge=0,
+        le=1000,
+        description="Held-out rows that are answered before and after training, without prompts",
+        json_schema_extra=unit_of("rows"),
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, le=32_768, description="Longest answer to a prompt", json_schema_extra=unit_of("tokens")
     )
 
 

@@ -133,14 +133,19 @@ def keep_finished(prepared: Prepared, folder: RunFolder) -> None:
     kept = folder.root / FINISHED
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder.adapter, kept / folder.adapter.name)
-    for path in (folder.result, folder.metrics, folder.plan, folder.acceptance_rows):
-        shutil.copy(path, kept)
+    for path in _files_to_keep(folder):
+        if path.exists():
+            shutil.copy(path, kept)
     step = int(folder.read_result()["steps"])
     try:
         prepared.checkpoints.commit(kept, FINISHED, describe_checkpoint(prepared, step, prepared.plan.world_size))
     except JobError as error:
         logger.warning("a start after this one would have to train again, from a checkpoint: %s", error.message)
     shutil.rmtree(kept)
+
+
+def _files_to_keep(folder: RunFolder) -> tuple[Path, ...]:
+    return (folder.result, folder.metrics, folder.plan, folder.evaluation, folder.acceptance_rows)
 
 
 def fetch_finished(prepared: Prepared, folder: RunFolder) -> TrainPlan | None:
@@ -159,8 +164,8 @@ def fetch_finished(prepared: Prepared, folder: RunFolder) -> TrainPlan | None:
         return None
     shutil.rmtree(folder.adapter)
     (kept / folder.adapter.name).rename(folder.adapter)
-    for path in (folder.result, folder.metrics, folder.plan, folder.acceptance_rows):
-        if (kept / path.name).exists():  # a job before this one kept less
+    for path in _files_to_keep(folder):
+        if (kept / path.name).exists():  # an evaluation that failed leaves none, and a job before this one kept less
             (kept / path.name).replace(path)
     shutil.rmtree(kept)
     return TrainPlan.model_validate_json(folder.plan.read_bytes())
