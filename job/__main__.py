@@ -1,7 +1,7 @@
 """The job, read top to bottom: settings -> inputs -> data set -> plan -> launch -> publish.
 
 `sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema,
-and `sft-job verify URI` looks at what was published.
+`sft-job verify URI` and `sft-job compare URI URI ...` look at what was published.
 This is the only place that turns an exception into an exit code.
 """
 
@@ -169,10 +169,11 @@ def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | Non
 
 def look_at(command: Command, runtime: RuntimeSettings, progress: Progress) -> str:
     """Carry out a command on published slots, which needs no settings but the runtime's; return what was found."""
+    from job.compare import compare
     from job.verify import verify
 
     progress.output = command.uris[0]
-    return verify(command.uris[0], runtime, progress)
+    return compare(command.uris) if command.name == "compare" else verify(command.uris[0], runtime, progress)
 
 
 def prepare(

@@ -14,7 +14,7 @@ from job.outcome import Progress, format_outcome, write_outcome
 from job.settings import load_runtime_settings
 
 # How many URIs a command takes, at least and at most (None: any number); others take none.
-_URIS: dict[str, tuple[int, int | None]] = {"verify": (1, 1)}
+_URIS: dict[str, tuple[int, int | None]] = {"verify": (1, 1), "compare": (2, None)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,10 +44,11 @@ def parse_command(arguments: Sequence[str] | None) -> Command:
         "command",
         nargs="?",
         default="run",
-        choices=("run", "check", "schema", "verify"),
-        help="run (the default), check without training, print the settings' JSON Schema, or verify a published slot",
+        choices=("run", "check", "schema", "verify", "compare"),
+        help="run (the default), check without training, print the settings' JSON Schema, verify a published slot, or "
+        "compare several",
     )
-    parser.add_argument("uris", nargs="*", metavar="URI", help="what to verify: s3://..., hf://org/name, or a folder")
+    parser.add_argument("uris", nargs="*", metavar="URI", help="published slots: s3://..., hf://org/name, or a folder")
     parser.add_argument(
         "--gpus",
         type=_parse_gpus,

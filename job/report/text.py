@@ -75,19 +75,19 @@ def _sections(record: RunRecord, width: int) -> Iterator[tuple[str, list[str]]]:
 
 def _samples(record: RunRecord, width: int) -> Iterator[tuple[str, list[str]]]:
     for sample in [] if record.evaluation is None else record.evaluation.samples[:_SAMPLES]:
-        for label, text in (("Asked", _question(sample)), ("  before", sample.before), ("  after", sample.after)):
+        for label, text in (("Asked", question_of(sample)), ("  before", sample.before), ("  after", sample.after)):
             if text is not None:
-                yield label, _shorten(text, width)
+                yield label, shorten(text, width)
 
 
-def _question(sample: Sample) -> str:
+def question_of(sample: Sample) -> str:
     """Return what was asked last: the instructions before it are the same for every prompt."""
     asked = [message.get("content") for message in sample.messages or [] if message.get("role") == "user"]
     return asked[-1] if asked and isinstance(asked[-1], str) else sample.prompt
 
 
-def _shorten(text: str, width: int) -> list[str]:
-    """Return a text's first lines, long ones broken anywhere, for CJK text has no blanks."""
+def shorten(text: str, width: int) -> list[str]:
+    """Return as much of a text as three lines hold, broken anywhere, for CJK text has no blanks."""
     whole = " ".join(make_visible(text).split())
     return [*_break(cut(whole, _SAMPLE_LINES * width - 2), width)] or ["(nothing)"]
 
