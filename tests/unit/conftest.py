@@ -54,11 +54,11 @@ ROWS = [
 ]
 SAMPLES = [
     Sample(
-        messages=[{"role": "user", "content": "請問多久會收到商品？"}],
-        prompt="user: 請問多久會收到商品？",
-        reference="您好，這裡是山茶小舖。訂單付款後，1 到 3 個工作天就會送達。",
+        messages=[{"role": "user", "content": "請問多久會收到商品"}],
+        prompt="user: 請問多久會收到商品",
+        reference="您好 這裡是山茶小舖 訂單付款後 1 到 3 個工作天就會送達",
         before="I am not sure.",
-        after="您好，這裡是山茶小舖。",
+        after="您好 這裡是山茶小舖",
     )
 ]
 XRAY: dict[str, Any] = {
@@ -231,7 +231,7 @@ def record_for(
             "steps": [describe_step(step) for step in range(1, 21)],
             "evaluation": Evaluation(loss=CHANGE, rows=ROWS, samples=SAMPLES, problems=[]),
             "acceptance": Acceptance(rows=4, loss=1.3391, loss_trained=1.339, tolerance=0.01, skipped=None),
-            "engines": [EngineVerdict("vLLM", True, "rank 16 is at most 64"), EngineVerdict("TGI", False, "no DoRA")],
+            "engines": [EngineVerdict("vLLM", True, ""), EngineVerdict("TGI", False, "no DoRA")],
             "serve_command": "vllm serve org/model --enable-lora --lora-modules adapter=adapter",
             "warnings": ["3 rows repeat another"],
             "xray": XRAY,

@@ -1,16 +1,12 @@
 """A run's name follows from what is learned, and from nothing else."""
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from job import manifest
-from job.hardware import Hardware
-from job.manifest import DataFile, make_manifest, make_run_id
-from job.plan import TrainPlan
+from job.manifest import make_run_id
 from job.presets import load_presets
 from job.settings import Settings, settings_groups
 from job.settings_problems import setting_names
@@ -160,25 +156,3 @@ def test_the_base_models_preset_counts_as_far_as_it_is_used(load: Load, monkeypa
     assert run_id(with_preset) != before[0]
     monkeypatch.setattr(manifest, "find_preset", lambda model_id: None)
     assert run_id(with_preset) != before[0]
-
-
-def test_a_manifest_lists_what_lies_in_the_folder(
-    load: Load, plan_for: Callable[..., TrainPlan], machine: Callable[..., Hardware], tmp_path: Path
-) -> None:
-    file = tmp_path / "sub" / "adapter.bin"
-    file.parent.mkdir()
-    file.write_bytes(b"weights")
-    arguments: dict[str, Any] = {"run_id": "0" * 16, "metrics": {"steps": 3}, "files": [file], "folder": tmp_path}
-    made = make_manifest(
-        settings=load(),
-        plan=plan_for(),
-        hardware=machine(gpus=1),
-        data=[DataFile("/d", "etag", "sha", 10, 2, 1.0)],
-        **arguments,
-    )
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert made["files"] == [{"path": "sub/adapter.bin", "sha256": digest, "bytes": 7}]
-    assert made["data"] == [{"uri": "/d", "etag": "etag", "sha256": "sha", "bytes": 10, "rows": 2, "weight": 1.0}]
-    assert made["base_model"] == {"id": "org/model", "revision": "abc123"}
-    assert made["settings"]["lora"]["r"] == 16
-    assert "torch" in made["packages"]

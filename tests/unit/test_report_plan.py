@@ -6,7 +6,7 @@ import pytest
 
 from job.log import format_bytes
 from job.plan import TrainPlan
-from job.report import format_model_card, format_plan
+from job.report.plan import format_plan
 
 PlanFor = Callable[..., TrainPlan]
 
@@ -73,34 +73,6 @@ def test_what_is_not_there_is_none(plan_for: PlanFor) -> None:
     assert rows["modules_to_save"] == rows["early_stopping_patience"] == ["none", "default"]
     assert rows["train_tokens"][0] == "20,000"
     assert rows["packing"][0] == "True"
-
-
-@pytest.mark.parametrize(
-    ("settings", "adapter", "held"),
-    [
-        ({}, "r 16, alpha 32, dropout 0.05 |", "as it is, arithmetic in float32 |"),
-        (
-            {"LORA__DORA": "true", "QUANTIZATION": "nf4"},
-            "dropout 0.05, DoRA |",
-            "in 4 bits (NF4, double quantisation), arithmetic in float32 |",
-        ),
-        (
-            {"LORA__RSLORA": "true", "QUANTIZATION": "int8"},
-            "dropout 0.05, rank-stabilised LoRA |",
-            "in 8 bits (LLM.int8), arithmetic in float32 |",
-        ),
-    ],
-)
-def test_the_model_card_says_how_it_was_trained(
-    plan_for: PlanFor, settings: dict[str, str], adapter: str, held: str
-) -> None:
-    metrics = {"train_loss": 1.0, "trainable_parameters": 1234, "total_parameters": 567_890}
-    card = format_model_card(plan_for(**settings), run_id="one", job_version="1", metrics=metrics, is_on_hub=False)
-    rows = dict(line.split(" | ", 1) for line in card.splitlines() if line.startswith("| ") and " | " in line[2:])
-    assert rows["| adapter"].endswith(adapter)
-    assert rows["| base model while training"] == held
-    assert rows["| trained parameters"] == "1,234 of 567,890 |"
-    assert "merged" not in card
 
 
 def test_the_memory_is_shown_in_units_for_people(plan: TrainPlan) -> None:
