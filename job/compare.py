@@ -242,7 +242,9 @@ def _compare_samples(runs: Sequence[PublishedRun], width: int) -> Iterator[str]:
         yield "Samples"
     names = _name(runs)
     label_width = min(max(map(count_columns, ["before", *names])), _LABEL_WIDTH)
-    for prompt in common[:_SAMPLES]:
+    for index, prompt in enumerate(common[:_SAMPLES]):
+        if index:
+            yield ""
         samples = [answered[prompt] for answered in answers]
         befores = dict.fromkeys(sample.before for sample in samples if sample.before is not None)
         texts = [("asked", question_of(samples[0])), *(("before", before) for before in befores)]
@@ -251,7 +253,6 @@ def _compare_samples(runs: Sequence[PublishedRun], width: int) -> Iterator[str]:
             lines = shorten(text, width - label_width - 4)
             for shown, line in zip_longest([cut(label, label_width)], lines, fillvalue=""):
                 yield f"  {_pad(shown, label_width)}  {line}"
-        yield ""
 
 
 def _write_row(row: Row, width: int) -> str:

@@ -85,7 +85,8 @@ def _tokens(record: RunRecord) -> Fact | None:
     tokens = as_number(record.metrics.get("tokens"))
     if tokens is None:
         return None
-    return Fact("Learned from", f"{tokens:,.0f} tokens in {record.metrics.get('steps', record.plan.steps):,} steps")
+    steps = as_number(record.metrics.get("steps"))
+    return Fact("Learned from", f"{tokens:,.0f} tokens" + ("" if steps is None else f" in {steps:,.0f} steps"))
 
 
 def _speed(record: RunRecord) -> Fact | None:

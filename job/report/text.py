@@ -64,7 +64,8 @@ def _sections(record: RunRecord, width: int) -> Iterator[tuple[str, list[str]]]:
     before, after = (as_number(record.metrics.get(name)) for name in ("eval_loss_base", "eval_loss"))
     if before is not None and after is not None:
         perplexity = f"perplexity {format_perplexity(before)} -> {format_perplexity(after)}"
-        yield "Held out", [f"{before:.4f} -> {after:.4f}, {perplexity}, {record.plan.eval_rows:,} rows"]
+        text = f"{before:.4f} -> {after:.4f}, {perplexity}, {record.plan.eval_rows:,} rows"
+        yield "Held out", list(wrap(text, width))
     yield "Cost", [line for cost in list_costs(record) for line in wrap(f"{cost.name}: {cost.value}", width)]
     yield from _samples(record, width)
     yield "Serve", [*wrap(describe_serving(record), width), *wrap(describe_acceptance(record), width)]
