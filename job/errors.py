@@ -99,9 +99,13 @@ class NotFoundError(JobError):
 
 
 class UnavailableError(JobError):
-    """A store, the Hub or a peer is out of reach, after retries."""
+    """A store, the Hub or a peer is out of reach, after retries. One that asks for a pause says how long: 0 is not."""
 
     exit_code = UNAVAILABLE
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class DamagedError(UnavailableError):
