@@ -22,7 +22,7 @@ from job.memory.found import forget_memory_found
 from job.patience import insist
 from job.prepared import Prepared
 from job.report import format_model_card
-from job.storage import Store, open_store
+from job.storage import Store, open_folder
 
 _SETTING = "SFT_OUTPUT__URI"
 _PLACEHOLDER = "{run_id}"
@@ -35,14 +35,14 @@ _UPLOADS = 3
 
 def open_slot(uri: str, run_id: str) -> Store:
     """Open the slot that an output URI names for a run."""
-    return open_store(uri.replace(_PLACEHOLDER, run_id), setting=_SETTING)
+    return open_folder(uri.replace(_PLACEHOLDER, run_id), setting=_SETTING)
 
 
 def open_checkpoints(uri: str | None, slot: Store, run_id: str) -> CheckpointStore:
     """Open the place of a run's checkpoints, by default a folder in its slot."""
     beside = f"{slot.uri.rstrip('/')}/{CHECKPOINTS}"
     return CheckpointStore(
-        open_store(beside if uri is None else uri.replace(_PLACEHOLDER, run_id), setting="SFT_CHECKPOINT__URI")
+        open_folder(beside if uri is None else uri.replace(_PLACEHOLDER, run_id), setting="SFT_CHECKPOINT__URI")
     )
 
 
@@ -52,7 +52,7 @@ def check_slot(uri: str) -> None:
     Raises the store's errors, naming the setting.
     """
     # The run's id isn't known yet: what stands before it in the URI is as good for the proof.
-    slot = open_store(uri.split(_PLACEHOLDER, maxsplit=1)[0], setting=_SETTING)
+    slot = open_folder(uri.split(_PLACEHOLDER, maxsplit=1)[0], setting=_SETTING)
     if read_published(slot) is None:
         slot.check_writable()
 

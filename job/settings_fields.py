@@ -44,7 +44,9 @@ def _require_one_place(uri: str) -> str:
 
 def _require_repository(uri: str) -> str:
     if uri.startswith("hf://") and (re.search(_NO_MODEL, uri) or not re.search(_REPOSITORY, uri)):
-        raise ValueError("on the Hub, an output is a model's whole repository; use hf://org/name or hf://org/name@branch")
+        raise ValueError(
+            "on the Hub, an output is a model's whole repository; use hf://org/name or hf://org/name@branch"
+        )
     return uri
 
 

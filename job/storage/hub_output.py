@@ -31,13 +31,13 @@ class HubSlot:
     """`hf://org/name[@branch]`, where a run is published by `commit`.
 
     A repository that isn't there is created, `private` or not, and a branch made from main. With `pull_request`, the
-    commit is one to merge into main; `run_id` in its title tells it from others'. `license` is the model card's.
+    commit is one to merge into main; `run_id` in its title tells it from others'. `license_name` is the model card's.
     """
 
     takes_commits: Literal[True] = True
 
     def __init__(
-        self, uri: str, *, setting: str, run_id: str, private: bool, pull_request: bool, license: str | None
+        self, uri: str, *, setting: str, run_id: str, private: bool, pull_request: bool, license_name: str | None
     ) -> None:
         self.uri = uri
         self._repository = HubRepository(uri, setting=setting, hint=WRITE_HINT)
@@ -48,7 +48,7 @@ class HubSlot:
         self._run_id = run_id
         self._private = private
         self._pull_request = pull_request
-        self._license = license
+        self._license = license_name
         self._branch = self._repository.revision or _MAIN
         self._is_open_known = False
         disable_progress_bars()
@@ -211,18 +211,18 @@ class HubSlot:
                 hint="name a branch, which may be a new one",
             )
 
-    def _require_license(self, license: str) -> None:
+    def _require_license(self, name: str) -> None:
         """Ask the Hub, which refuses a model card with an unknown license."""
         from huggingface_hub import ModelCard
 
         with self._repository.errors():
             try:
-                ModelCard(f"---\nlicense: {license}\n---\n").validate()
+                ModelCard(f"---\nlicense: {name}\n---\n").validate()
             except ValueError as error:
                 if isinstance(error, HfHubHTTPError):
                     raise
                 raise ConfigError(
-                    f"SFT_OUTPUT__LICENSE={license}: not a license that the Hub knows",
+                    f"SFT_OUTPUT__LICENSE={name}: not a license that the Hub knows",
                     hint="use an identifier of https://huggingface.co/docs/hub/repositories-licenses, or other",
                 ) from None
 
