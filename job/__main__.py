@@ -1,6 +1,7 @@
 """The job, read top to bottom: settings -> inputs -> data set -> plan -> launch -> publish.
 
-`sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema.
+`sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema,
+and `sft-job verify URI` looks at what was published.
 This is the only place that turns an exception into an exit code.
 """
 
@@ -31,11 +32,13 @@ from job.work_dir import own_work_dir
 # Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is
 # reported in under a second.
 if TYPE_CHECKING:
+    from job.checkpoints.stored import CheckpointStore
     from job.handover import RunFolder
     from job.hardware import Hardware
     from job.lease import Lease
     from job.nodes.peers import Peers
     from job.prepared import Prepared
+    from job.storage import Slot
 
 
 _ALREADY_PUBLISHED = "is already published: nothing to do"
@@ -65,13 +68,16 @@ def run(settings: Settings, progress: Progress) -> str:
         if prepared is None:
             return _ALREADY_PUBLISHED
         run_id, output = prepared.inputs.run_id, settings.output.uri
+        is_published = partial(_is_published, settings, prepared.slot, prepared.checkpoints, run_id)
         with (
             join_peers(node, run_id=run_id, output=output, explain=_explain) as peers,
-            hold_slot(prepared.slot, run_id=run_id) if node.rank == 0 else nullcontext() as lease,
+            hold_slot(prepared.workplace, run_id=run_id, output=prepared.slot.uri)
+            if node.rank == 0
+            else nullcontext() as lease,
         ):
             if node.nodes > 1:
                 refuse_differences(peers.exchange(describe_run(prepared)))
-            if peers.exchange(node.rank == 0 and _is_published(prepared))[0]:  # by a job that held the slot until now
+            if peers.exchange(node.rank == 0 and is_published())[0]:  # by a job that held the slot until now
                 return _ALREADY_PUBLISHED
             max_hours = settings.runtime.max_hours
             deadline_s = None if max_hours is None else started_s + max_hours * 3600
@@ -81,11 +87,14 @@ def run(settings: Settings, progress: Progress) -> str:
         return "is published"
 
 
-def _is_published(prepared: "Prepared") -> bool:
-    from job.publish import is_already_published
+def _is_published(settings: Settings, slot: "Slot", checkpoints: "CheckpointStore", run_id: str) -> bool:
+    from job.slot import is_already_published, is_read_back
 
-    output = prepared.settings.output
-    return is_already_published(prepared.slot, prepared.inputs.run_id, overwrite=output.overwrite, merge=output.merge)
+    output = settings.output
+    if not is_already_published(slot, run_id, overwrite=output.overwrite, merge=output.merge):
+        return False
+    # Other nodes may not see the checkpoints that node 0 sees.
+    return settings.parallel.nodes > 1 or is_read_back(slot, checkpoints, run_id)
 
 
 def _train(
@@ -166,6 +175,14 @@ def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | Non
         return "is ready to train"
 
 
+def look_at(command: Command, runtime: RuntimeSettings, progress: Progress) -> str:
+    """Carry out a command on published slots, which needs no settings but the runtime's; return what was found."""
+    from job.verify import verify
+
+    progress.output = command.uris[0]
+    return verify(command.uris[0], runtime, progress)
+
+
 def prepare(
     settings: Settings, hardware: "Hardware", node: Node, work_dir: Path, progress: Progress
 ) -> "Prepared | None":
@@ -182,27 +199,28 @@ def prepare(
     from job.parallel import plan_parallel
     from job.plan import make_plan
     from job.prepared import Prepared
-    from job.publish import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
     from job.report import format_plan
     from job.report_xray import format_xray
+    from job.slot import check_slot, keep_bad_rows, open_checkpoints, open_slot, open_workplace
 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
 
     progress.enter("reading the inputs")
     if node.rank == 0:
-        check_slot(settings.output.uri)
+        check_slot(settings.output)
     inputs = find_inputs(settings, work_dir)
-    slot = open_slot(settings.output.uri, inputs.run_id)
+    slot = open_slot(settings.output, inputs.run_id)
     progress.run_id, progress.output = inputs.run_id, slot.uri
-    checkpoints = open_checkpoints(settings.checkpoint.uri, slot, inputs.run_id)
-    if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite, merge=settings.output.merge):
+    workplace = open_workplace(slot, settings.checkpoint.uri, inputs.run_id, work_dir)
+    checkpoints = open_checkpoints(settings.checkpoint.uri, workplace, inputs.run_id)
+    if _is_published(settings, slot, checkpoints, inputs.run_id):
         if node.rank == 0:
             checkpoints.clear(inputs.run_id)  # a start that was killed after it had published has left them
-            drop_lease(slot, inputs.run_id)
+            drop_lease(workplace, inputs.run_id)
         return None
     if node.rank == 0:
-        slot.check_writable()
+        workplace.check_writable()
         checkpoints.store.check_writable()
 
     progress.enter("tokenizing")
@@ -213,7 +231,7 @@ def prepare(
         model_folder,
         work_dir / "tokens",
         processes=hardware.cpu_cores,
-        keep_bad_rows=lambda path: keep_bad_rows(slot, path) if node.rank == 0 else str(path),
+        keep_bad_rows=lambda path: keep_bad_rows(workplace, path) if node.rank == 0 else str(path),
     )
     terminal = find_terminal(settings.runtime.log_format)
     logger.info("the data:\n%s", format_xray(dataset.xray, terminal))
@@ -223,7 +241,7 @@ def prepare(
     progress.total_steps = plan.steps
     logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan, width=terminal.width))
     _log_warnings(plan.warnings)
-    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints)
+    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints, workplace)
     if node.rank == 0:
         refuse_another_runs(prepared)
     prepared.write_down(RunFolder(work_dir / "run"), warnings)
@@ -246,7 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK.code
     progress = Progress()
     ending, message, hint = _execute(command, runtime, progress)
-    if ending is OK:
+    if ending is OK and command.uris:
+        logger.info("%s", message)
+    elif ending is OK:
         logger.info("run %s %s (%s)", progress.run_id, message, progress.output)
     else:
         logger.error("%s", message)
@@ -261,6 +281,8 @@ def _execute(command: Command, runtime: RuntimeSettings, progress: Progress) -> 
     """Run a command; return how it ended, with message and hint."""
     raise_on_stop_signals(partial(_say_last_words, runtime, progress))
     try:
+        if command.uris:
+            return OK, look_at(command, runtime, progress), ""
         settings = load_settings()
         progress.output = settings.output.uri
         if command.name == "check":

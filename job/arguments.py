@@ -1,4 +1,5 @@
-"""The command line: one word, since all but what a check is to assume is set by variables."""
+"""The command line: one word, and the slots to look at where that is what it does. All else is set by variables, but
+for what a check is to assume."""
 
 import argparse
 import re
@@ -12,6 +13,9 @@ from job.errors import CONFIG
 from job.outcome import Progress, format_outcome, write_outcome
 from job.settings import load_runtime_settings
 
+# How many URIs a command takes, at least and at most (None: any number); others take none.
+_URIS: dict[str, tuple[int, int | None]] = {"verify": (1, 1)}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -24,11 +28,12 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """What is to be done: run, check or schema. `gpus`: how many to check for, and the GiB of each; None: this
-    machine's."""
+    """What is to be done: run, check, schema, or something with the published slots that `uris` name. `gpus`: how many
+    to check for, and the GiB of each; None: this machine's."""
 
     name: str
     gpus: tuple[int, int] | None
+    uris: tuple[str, ...] = ()
 
 
 def parse_command(arguments: Sequence[str] | None) -> Command:
@@ -39,9 +44,10 @@ def parse_command(arguments: Sequence[str] | None) -> Command:
         "command",
         nargs="?",
         default="run",
-        choices=("run", "check", "schema"),
-        help="run (the default), check without training, or print the settings' JSON Schema",
+        choices=("run", "check", "schema", "verify"),
+        help="run (the default), check without training, print the settings' JSON Schema, or verify a published slot",
     )
+    parser.add_argument("uris", nargs="*", metavar="URI", help="what to verify: s3://..., hf://org/name, or a folder")
     parser.add_argument(
         "--gpus",
         type=_parse_gpus,
@@ -51,7 +57,16 @@ def parse_command(arguments: Sequence[str] | None) -> Command:
     given = parser.parse_args(arguments)
     if given.gpus is not None and given.command != "check":
         parser.error(f"--gpus is for check: {given.command} takes the GPUs that it finds")
-    return Command(given.command, given.gpus)
+    _check_uris(parser, given.command, given.uris)
+    return Command(given.command, given.gpus, tuple(given.uris))
+
+
+def _check_uris(parser: _Parser, command: str, uris: Sequence[str]) -> None:
+    least, most = _URIS.get(command, (0, 0))
+    if len(uris) < least:
+        parser.error(f"{command} needs {least} URI{'s' * (least > 1)} of published slots, and {len(uris)} are given")
+    if most is not None and len(uris) > most:
+        parser.error(f"{command} takes {most or 'no'} URI{'s' * (most != 1)}, and {len(uris)} are given")
 
 
 def _parse_gpus(text: str) -> tuple[int, int]:

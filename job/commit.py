@@ -1,5 +1,5 @@
-"""A run goes to its slot in one commit, manifest and all, where the slot takes commits: the Hub. What is there is judged
-and replaced as one, for another writer makes the commit fail; only then can it be read back."""
+"""A run goes to its slot in one commit, manifest and all, where the slot takes commits: on the Hub. What is there is
+judged and replaced as one, for another writer makes the commit fail; only then can it be read back."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

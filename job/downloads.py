@@ -26,7 +26,8 @@ class Downloads:
     """A folder for some files of a store, with an index that says which version of each was fetched and verified.
 
     Whatever else lies in the folder is deleted, so that it must be one of the job's own. Stores whose files lie
-    elsewhere (see `ReadableStore.fetch`) leave it empty. Raises InternalError for a folder that somebody else has filled.
+    elsewhere (see `ReadableStore.fetch`) leave it empty. Raises InternalError for a folder that somebody else has
+    filled.
     """
 
     def __init__(self, folder: Path, store: ReadableStore, files: list[StoredFile]) -> None:

@@ -150,6 +150,26 @@ class RunFolder:
         return self.root / "result.json"
 
     @property
+    def acceptance_rows(self) -> Path:
+        """What a fresh process must find again: a JSON list of AcceptanceRow. Without it, it can't be tried."""
+        return self.root / "acceptance_rows.json"
+
+    @property
+    def acceptance_task(self) -> Path:
+        """The AcceptanceTask, as JSON, for the process that loads the adapter back."""
+        return self.root / "acceptance_task.json"
+
+    @property
+    def acceptance(self) -> Path:
+        """The Acceptance, as JSON, that this process comes to."""
+        return self.root / "acceptance.json"
+
+    @property
+    def acceptance_outcome(self) -> Path:
+        """The WorkerOutcome of this process."""
+        return self.root / "acceptance_outcome.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder in which rank 0 leaves checkpoints, each whole in a folder of its own, `step-00000042`."""
         return self.root / "checkpoints"

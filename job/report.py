@@ -133,12 +133,20 @@ def _describe_adapter(plan: TrainPlan) -> str:
 
 
 def format_model_card(
-    plan: TrainPlan, *, run_id: str, job_version: str, metrics: Mapping[str, Any], is_on_hub: bool
+    plan: TrainPlan,
+    *,
+    run_id: str,
+    job_version: str,
+    metrics: Mapping[str, Any],
+    is_on_hub: bool,
+    license_name: str | None = None,
 ) -> str:
     """Return the adapter's README.md: what it is, how it was trained and how to use it."""
     front_matter = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, sft, sft-job]"]
     if is_on_hub:
         front_matter.insert(1, f"base_model: {plan.model_id}")
+    if license_name is not None:
+        front_matter.insert(1, f"license: {license_name}")
     resize = ""
     if plan.new_tokens:  # a model may have more rows than its tokenizer has tokens: those stay
         resize = f"""rows = max(len(tokenizer), base.get_input_embeddings().num_embeddings)

@@ -114,7 +114,7 @@ def _contradictions(settings: Settings) -> list[str]:
         )
     elif output.pull_request and "@" in output.uri:
         problems.append(
-            "SFT_OUTPUT__PULL_REQUEST: a pull request is to be merged into main; leave the revision out of SFT_OUTPUT__URI"
+            "SFT_OUTPUT__PULL_REQUEST: it is one to merge into main; leave the revision out of SFT_OUTPUT__URI"
         )
     return problems
 

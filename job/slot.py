@@ -10,6 +10,7 @@ from urllib.parse import quote
 from job.checkpoints.stored import CHECKPOINTS, CheckpointStore
 from job.errors import ConfigError
 from job.handover import MERGED
+from job.log import logger
 from job.manifest import MANIFEST_NAME
 from job.settings_groups import OutputSettings
 from job.storage import ReadableStore, Slot, Store, open_folder
@@ -130,6 +131,15 @@ def is_same_run(published: dict[str, Any], uri: str, run_id: str, *, overwrite: 
             f"{OUTPUT_SETTING}={uri}: run {published['run_id']} is published there, and this is run {run_id}",
             hint="publish elsewhere ({run_id} in the URI is filled in for each run), or set SFT_OUTPUT__OVERWRITE=true",
         )
+    return False
+
+
+def is_read_back(slot: Slot, checkpoints: CheckpointStore, run_id: str) -> bool:
+    """Say whether what is published was read back, too. Where all is committed at once, that comes after, and what was
+    trained is kept until then."""
+    if not slot.takes_commits or not checkpoints.has_finished(run_id):
+        return True
+    logger.warning("%s: published by a start that was killed before it could read it back", slot.uri)
     return False
 
 

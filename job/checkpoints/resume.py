@@ -10,7 +10,7 @@ from typing import Any
 import job
 from job.checkpoints.stored import FINISHED, Checkpoint, CheckpointStore, step_folder
 from job.errors import ConfigError, DamagedError, JobError
-from job.handover import METRICS, RunFolder, SavedStep
+from job.handover import RunFolder, SavedStep
 from job.lease import Lease
 from job.log import logger
 from job.nodes.identity import describe_run, name_differences
@@ -133,7 +133,7 @@ def keep_finished(prepared: Prepared, folder: RunFolder) -> None:
     kept = folder.root / FINISHED
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder.adapter, kept / folder.adapter.name)
-    for path in (folder.result, folder.metrics, folder.plan):
+    for path in (folder.result, folder.metrics, folder.plan, folder.acceptance_rows):
         shutil.copy(path, kept)
     step = int(folder.read_result()["steps"])
     try:
@@ -159,8 +159,9 @@ def fetch_finished(prepared: Prepared, folder: RunFolder) -> TrainPlan | None:
         return None
     shutil.rmtree(folder.adapter)
     (kept / folder.adapter.name).rename(folder.adapter)
-    for name in (folder.result.name, METRICS, folder.plan.name):
-        (kept / name).replace(folder.root / name)
+    for path in (folder.result, folder.metrics, folder.plan, folder.acceptance_rows):
+        if (kept / path.name).exists():  # a job before this one kept less
+            (kept / path.name).replace(path)
     shutil.rmtree(kept)
     return TrainPlan.model_validate_json(folder.plan.read_bytes())
 

@@ -14,7 +14,7 @@ from typing import Literal
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from job.errors import ConfigError, DamagedError, NotFoundError
 from job.log import logger

@@ -16,6 +16,7 @@ from job.errors import InternalError, PreemptedError
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
+from job.train.acceptance_rows import measure_rows, put_weights
 from job.train.adapter import save_adapter
 from job.train.beats import Beats
 from job.train.checkpoint import Checkpoints
@@ -138,6 +139,9 @@ def train(
     weights = gather() if stopping is None else stopping.best_weights
     pulse.beat()
     save_adapter(model, weights, folder.adapter, rank=rank)
+    if stopping is not None:
+        put_weights(model, weights, plan.engine)
+    measure_rows(callable_model(plan, trainer), plan, inputs, folder, collate, rank=rank, beat=pulse.beat)
     if rank == 0:
         compare_with_estimate(plan, int(result["peak_memory_bytes"]))
         write_whole(folder.result, json.dumps(result, allow_nan=False))

@@ -1,4 +1,4 @@
-"""The Hub as a run's slot: the real huggingface_hub against a stand-in, in subprocesses (HF_ENDPOINT is read at import).
+"""The Hub as a run's slot: the real huggingface_hub against a stand-in, in a process (HF_ENDPOINT is read at import).
 
 Each program opens the slot of a run, does one thing there and prints what came of it; what the stand-in holds then is
 looked at from this side.

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 import job.patience
-import job.publish
-from job.errors import ConfigError, UnavailableError
-from job.publish import check_slot, is_already_published, open_slot, read_published
+from job.errors import ConfigError, InternalError, UnavailableError
+from job.slot import check_slot, is_already_published, open_slot, read_published
 from job.storage import Progress, StoredFile
 from job.storage.local import LocalStore
+from job.upload import publish as publish_files
 
 UNLISTED = "checkpoint/unlisted.json"
+LATER = ("card", "report")  # described when the rest was read back
 
 
 class Killed(BaseException):
@@ -114,9 +115,32 @@ def make_run(folder: Path, run_id: str, files: dict[str, str]) -> dict[str, Any]
     return {"run_id": run_id, "files": listed}
 
 
-def publish(store: WatchedStore, folder: Path, manifest: dict[str, Any], *, overwrite: bool) -> None:
-    """Publish while nobody else has the slot."""
-    job.publish.publish(store, folder, manifest, overwrite=overwrite, check_lease=lambda: None)
+def publish(
+    store: WatchedStore,
+    folder: Path,
+    manifest: dict[str, Any],
+    *,
+    overwrite: bool,
+    accept: Callable[[Path], None] = lambda _: None,
+    check_lease: Callable[[], None] = lambda: None,
+) -> None:
+    """Publish, with the files that are called `card` and the like as what is written at the end."""
+
+    def complete(read_back: Path) -> dict[str, Any]:
+        accept(read_back)
+        return manifest
+
+    names = [file["path"] for file in manifest["files"]]
+    publish_files(
+        store,
+        folder,
+        [name for name in names if name not in LATER],
+        complete,
+        run_id=manifest["run_id"],
+        later=LATER,
+        overwrite=overwrite,
+        check_lease=check_lease,
+    )
 
 
 def names(folder: Path) -> set[str]:
@@ -265,6 +289,25 @@ def test_a_merged_model_is_asked_for_of_a_run_that_has_none(tmp_path: Path, slot
     assert read_published(store) == merged
 
 
+def test_what_was_read_back_is_judged_before_it_is_described(tmp_path: Path, slot: Path) -> None:
+    files = {"adapter/weights": "weights", "a.json": "{}", "merged/model": "large", "card": "made later"}
+    manifest = make_run(tmp_path / "run", "one", files)
+    store = WatchedStore(slot)
+
+    def refuse(read_back: Path) -> None:
+        assert names(read_back) == {"adapter/weights", "a.json"}
+        assert (read_back / "adapter/weights").read_text() == "weights"
+        assert names(slot) == {"adapter/weights", "a.json", "merged/model", UNLISTED}
+        raise InternalError("another adapter")
+
+    with pytest.raises(InternalError, match="another adapter"):
+        publish(store, tmp_path / "run", manifest, overwrite=False, accept=refuse)
+    assert read_published(store) is None
+    publish(store, tmp_path / "run", manifest, overwrite=False)
+    assert consistent(store, slot) == "one"
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("read-back")] == []
+
+
 def consistent(store: WatchedStore, slot: Path) -> str | None:
     """Check that all a manifest lists is there and whole; return its run, or None where there is no manifest."""
     manifest = read_published(store)
@@ -358,7 +401,7 @@ def test_a_job_that_lost_the_slot_writes_nothing_more(tmp_path: Path, slot: Path
             raise UnavailableError("taken over")
 
     with pytest.raises(UnavailableError, match="taken over"):
-        job.publish.publish(store, tmp_path / "run", manifest, overwrite=False, check_lease=check_lease)
+        publish(store, tmp_path / "run", manifest, overwrite=False, check_lease=check_lease)
     assert names(slot) == {"a", "b", UNLISTED}
 
 
