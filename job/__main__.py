@@ -32,13 +32,11 @@ from job.work_dir import own_work_dir
 # Whatever imports numpy, pyarrow, boto3 or transformers is imported in the functions that need it: a wrong setting is
 # reported in under a second.
 if TYPE_CHECKING:
-    from job.checkpoints.stored import CheckpointStore
     from job.handover import RunFolder
     from job.hardware import Hardware
     from job.lease import Lease
     from job.nodes.peers import Peers
     from job.prepared import Prepared
-    from job.storage import Slot
 
 
 _ALREADY_PUBLISHED = "is already published: nothing to do"
@@ -57,6 +55,7 @@ def run(settings: Settings, progress: Progress) -> str:
     from job.metrics_server import serve_metrics
     from job.nodes.identity import describe_run, refuse_differences
     from job.nodes.peers import join_peers
+    from job.slot import is_finished
 
     started_s = time.monotonic()
     node = find_node(settings.parallel)
@@ -68,7 +67,6 @@ def run(settings: Settings, progress: Progress) -> str:
         if prepared is None:
             return _ALREADY_PUBLISHED
         run_id, output = prepared.inputs.run_id, settings.output.uri
-        is_published = partial(_is_published, settings, prepared.slot, prepared.checkpoints, run_id)
         with (
             join_peers(node, run_id=run_id, output=output, explain=_explain) as peers,
             hold_slot(prepared.workplace, run_id=run_id, output=prepared.slot.uri)
@@ -77,7 +75,11 @@ def run(settings: Settings, progress: Progress) -> str:
         ):
             if node.nodes > 1:
                 refuse_differences(peers.exchange(describe_run(prepared)))
-            if peers.exchange(node.rank == 0 and is_published())[0]:  # by a job that held the slot until now
+            # By a job that held the slot until now.
+            finished = node.rank == 0 and is_finished(
+                prepared.slot, prepared.checkpoints, run_id, settings.output, nodes=node.nodes
+            )
+            if peers.exchange(finished)[0]:
                 return _ALREADY_PUBLISHED
             max_hours = settings.runtime.max_hours
             deadline_s = None if max_hours is None else started_s + max_hours * 3600
@@ -85,16 +87,6 @@ def run(settings: Settings, progress: Progress) -> str:
             trained = _train(prepared, folder, peers, lease, progress, deadline_s=deadline_s)
             _publish(trained, folder, peers, lease, progress)
         return "is published"
-
-
-def _is_published(settings: Settings, slot: "Slot", checkpoints: "CheckpointStore", run_id: str) -> bool:
-    from job.slot import is_already_published, is_read_back
-
-    output = settings.output
-    if not is_already_published(slot, run_id, overwrite=output.overwrite, merge=output.merge):
-        return False
-    # Other nodes may not see the checkpoints that node 0 sees.
-    return settings.parallel.nodes > 1 or is_read_back(slot, checkpoints, run_id)
 
 
 def _train(
@@ -201,7 +193,7 @@ def prepare(
     from job.prepared import Prepared
     from job.report import format_plan
     from job.report_xray import format_xray
-    from job.slot import check_slot, keep_bad_rows, open_checkpoints, open_slot, open_workplace
+    from job.slot import check_slot, is_finished, keep_bad_rows, open_checkpoints, open_slot, open_workplace
 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
@@ -214,7 +206,7 @@ def prepare(
     progress.run_id, progress.output = inputs.run_id, slot.uri
     workplace = open_workplace(slot, settings.checkpoint.uri, inputs.run_id, work_dir)
     checkpoints = open_checkpoints(settings.checkpoint.uri, workplace, inputs.run_id)
-    if _is_published(settings, slot, checkpoints, inputs.run_id):
+    if is_finished(slot, checkpoints, inputs.run_id, settings.output, nodes=node.nodes):
         if node.rank == 0:
             checkpoints.clear(inputs.run_id)  # a start that was killed after it had published has left them
             drop_lease(workplace, inputs.run_id)

@@ -106,6 +106,20 @@ def _is_manifest(content: object) -> bool:
     return all(isinstance(file, dict) and "path" in file for file in content["files"])
 
 
+def is_finished(slot: Slot, checkpoints: CheckpointStore, run_id: str, output: OutputSettings, *, nodes: int) -> bool:
+    """Say whether this very run lies finished in the slot, as `is_already_published` does, and was read back.
+
+    Where all is committed at once, that comes after, and what was trained is kept among the checkpoints until then. Of
+    several nodes, only the first may see it there, so they don't ask.
+    """
+    if not is_already_published(slot, run_id, overwrite=output.overwrite, merge=output.merge):
+        return False
+    if not slot.takes_commits or nodes > 1 or not checkpoints.has_finished(run_id):
+        return True
+    logger.warning("%s: published by a start that was killed before it could read it back", slot.uri)
+    return False
+
+
 def is_already_published(slot: Slot, run_id: str, *, overwrite: bool, merge: bool) -> bool:
     """Say whether this very run lies finished in the slot, with its merged model if `merge` asks for that.
 
@@ -131,15 +145,6 @@ def is_same_run(published: dict[str, Any], uri: str, run_id: str, *, overwrite: 
             f"{OUTPUT_SETTING}={uri}: run {published['run_id']} is published there, and this is run {run_id}",
             hint="publish elsewhere ({run_id} in the URI is filled in for each run), or set SFT_OUTPUT__OVERWRITE=true",
         )
-    return False
-
-
-def is_read_back(slot: Slot, checkpoints: CheckpointStore, run_id: str) -> bool:
-    """Say whether what is published was read back, too. Where all is committed at once, that comes after, and what was
-    trained is kept until then."""
-    if not slot.takes_commits or not checkpoints.has_finished(run_id):
-        return True
-    logger.warning("%s: published by a start that was killed before it could read it back", slot.uri)
     return False
 
 
