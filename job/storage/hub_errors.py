@@ -30,7 +30,7 @@ from job.storage.paths import disk_error
 READ_HINT = "check the name; if it is private or gated, set HF_TOKEN to a token that may read it"
 WRITE_HINT = "set HF_TOKEN to a token that may write there: one with the role write, or fine-grained with write access"
 _NETWORK_HINT = "check HF_ENDPOINT and the network; the Hub may be down"
-_XET_HINT = f"{_NETWORK_HINT}; where Xet's storage can't be reached or isn't served, set HF_HUB_DISABLE_XET=1"
+_XET_HINT = "let the job reach the storage's hosts, or set HF_HUB_DISABLE_XET=1 to upload without it"
 _LONGEST_REASON = 300
 _WAIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # of the header `ratelimit`: none remaining, and for how long
 
@@ -69,10 +69,12 @@ def describe_hub_error(error: BaseException, label: str, repo_type: str, hint: s
         return _of_answer(error, label, endpoint, hint)
     if isinstance(error, HFValidationError):
         return ConfigError(f"{label}: not a possible name on the Hub", hint="write hf://org/name")
-    if isinstance(error, RuntimeError):  # of a thread that uploads, with the reason as its cause, or of Xet
-        if isinstance(error.__cause__, HTTPError | OSError):
-            return describe_hub_error(error.__cause__, label, repo_type, hint)
-        return UnavailableError(f"{label}: uploading to {endpoint} failed", hint=_XET_HINT)
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError | OSError):  # a thread's, by LFS
+        return describe_hub_error(error.__cause__, label, repo_type, hint)
+    if isinstance(error, RuntimeError) or type(error) in (ConnectionError, TimeoutError):  # Xet's, whatever it met
+        return UnavailableError(f"{label}: the Hub's storage, Xet, can't be reached or is not served", hint=_XET_HINT)
+    if isinstance(error, PermissionError):
+        return DeniedError(f"{label}: the Hub's storage, Xet, refuses the token", hint=hint)
     if isinstance(error, ValueError):
         return ConfigError(f"{label}: {endpoint} does not answer like a Hub", hint="check HF_ENDPOINT")
     return UnavailableError(f"{label}: {endpoint} can't be reached ({type(error).__name__})", hint=_NETWORK_HINT)

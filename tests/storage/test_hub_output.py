@@ -298,6 +298,14 @@ def test_a_hub_that_stays_away(slot: Slot, hub: HubStandIn) -> None:
     assert files_of(hub, "org/new") == {}
 
 
+def test_a_hub_without_the_storage_that_the_library_prefers(hub: HubStandIn, slot: Slot, tmp_path: Path) -> None:
+    publisher = Publisher(hub, tmp_path, HF_HUB_DISABLE_XET="0")
+    ended = Slot(publisher, tmp_path)("publish", "hf://org/new", patience_s=0)
+    publisher.close()
+    assert ended["code"] == 69
+    assert "HF_HUB_DISABLE_XET=1" in ended["hint"]
+
+
 # -- rights ------------------------------------------------------------------------------------------------------------
 
 
