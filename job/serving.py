@@ -155,6 +155,14 @@ def _judge(engine: str, rules: Sequence[_Rule], facts: AdapterFacts) -> EngineVe
     return EngineVerdict(engine, takes=True, reason="")
 
 
+def format_verdicts(verdicts: Sequence[EngineVerdict]) -> str:
+    """Return the list for the end of a run: who takes the adapter, and a line for each who doesn't."""
+    lines = [f"taken by {', '.join(verdict.engine for verdict in verdicts if verdict.takes)}"]
+    lines += [f"  not by {verdict.engine}: {verdict.reason}" for verdict in verdicts if verdict.takes is False]
+    lines += [f"  perhaps by {verdict.engine}: {verdict.reason}" for verdict in verdicts if verdict.takes is None]
+    return "\n".join(lines)
+
+
 def vllm_command(
     facts: AdapterFacts,
     *,
