@@ -30,7 +30,7 @@ _MODEL_CARD = "README.md"
 def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
     """Lay everything that belongs to the trained adapter beside it, and publish it to the run's slot.
 
-    Raises what `publish` raises, and InternalError when what was read back isn't what was trained.
+    Raises what `publish` raises, and RefusedError when what was read back isn't what was trained.
     """
     with ready_to_accept(prepared, folder) as accept:
         _lay_out(prepared, folder)

@@ -52,7 +52,7 @@ def read_published(slot: Store) -> dict[str, Any] | None:
         manifest = json.loads(content)
     except ValueError:
         manifest = None
-    if not _is_manifest(manifest):
+    if not is_manifest(manifest):
         raise ConfigError(
             f"SFT_OUTPUT__URI={slot.uri}: the {MANIFEST_NAME} there was not written by this job",
             hint="publish to another place",
@@ -61,7 +61,8 @@ def read_published(slot: Store) -> dict[str, Any] | None:
     return published
 
 
-def _is_manifest(content: object) -> bool:
+def is_manifest(content: object) -> bool:
+    """Say whether a file of that name was written by this job."""
     if not isinstance(content, dict) or "run_id" not in content or not isinstance(content.get("files"), list):
         return False
     return all(isinstance(file, dict) and "path" in file for file in content["files"])
