@@ -10,6 +10,7 @@ never used on purpose, because it is what an uncaught Python error returns.
     |- UnavailableError    69  a store, the Hub or a peer out of reach after retries
     |  `- DamagedError         a file that isn't what it was when it was written
     |- InternalError       70  a bug in the job
+    |  `- RefusedError          an adapter that isn't what was trained, or can't be loaded
     |- ResourcesError      71  out of GPU memory, host memory or disk
     |  `- OutOfMemoryError     where smaller steps may need less
     |- PreemptedError      75  told to stop
@@ -116,6 +117,10 @@ class InternalError(JobError):
     """The job broke one of its own promises."""
 
     exit_code = INTERNAL
+
+
+class RefusedError(InternalError):
+    """A fresh process can't load an adapter, or finds another than was trained."""
 
 
 class ResourcesError(JobError):

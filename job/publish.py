@@ -4,6 +4,7 @@ and only then described and listed in a manifest."""
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from job.manifest import make_manifest
 from job.memory.found import forget_memory_found
 from job.prepared import Prepared
 from job.report import format_model_card
+from job.serving import EngineVerdict, format_verdicts, judge_engines, read_facts, vllm_command
+from job.slot import has_merged
 from job.upload import publish
 
 _QUARANTINE = "quarantine.jsonl"  # the rows of a run that skipped them
@@ -28,7 +31,7 @@ _MODEL_CARD = "README.md"
 def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
     """Lay everything that belongs to the trained adapter beside it, and publish it to the run's slot.
 
-    Raises what `publish` raises, and InternalError when what was read back isn't what was trained.
+    Raises what `publish` raises, and RefusedError when what was read back isn't what was trained.
     """
     slot, run_id, overwrite = prepared.slot, prepared.inputs.run_id, prepared.settings.output.overwrite
     with ready_to_accept(prepared, folder) as accept:
@@ -61,6 +64,24 @@ def _lay_out(prepared: Prepared, folder: RunFolder) -> None:
     _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
 
 
+def _judge_serving(prepared: Prepared, adapter_folder: Path) -> tuple[list[EngineVerdict], str | None]:
+    config = json.loads((adapter_folder / ADAPTER_CONFIG).read_bytes())
+    dataset = prepared.dataset
+    facts = read_facts(
+        config, vocabulary_size=dataset.facts.shape.vocabulary_size, stored=dataset.facts.stored_quantization
+    )
+    command = vllm_command(
+        facts,
+        base=config["base_model_name_or_path"],
+        revision=config["revision"],
+        slot=prepared.slot.uri,
+        own_tokenizer=dataset.xray.turn_end.adopted is not None,
+        own_template=dataset.template is not None,
+        is_merged=has_merged(_list_files(adapter_folder)),
+    )
+    return judge_engines(facts), command
+
+
 def _complete(
     prepared: Prepared, folder: RunFolder, accept: Callable[[Path], Acceptance], read_back: Path
 ) -> dict[str, Any]:
@@ -68,6 +89,10 @@ def _complete(
     plan, inputs, metrics = prepared.plan, prepared.inputs, folder.read_result()
     acceptance = accept(read_back)
     (logger.info if acceptance.skipped is None else logger.warning)("%s", acceptance.describe())
+    engines, command = _judge_serving(prepared, folder.adapter)
+    logger.info("the adapter is %s", format_verdicts(engines))
+    if command is not None:
+        logger.info("to serve it by vLLM:\n%s", command)
     card = format_model_card(
         plan,
         run_id=inputs.run_id,
@@ -87,7 +112,8 @@ def _complete(
         files=[folder.adapter / name for name in _list_files(folder.adapter)],
         folder=folder.adapter,
     )
-    return manifest | {"acceptance": acceptance.model_dump()}
+    serving = {"engines": [asdict(verdict) for verdict in engines], "vllm": command}
+    return manifest | {"acceptance": acceptance.model_dump(), "serving": serving}
 
 
 def _list_files(folder: Path) -> list[str]:

@@ -91,7 +91,7 @@ def parse_manifest(content: bytes | None, uri: str) -> dict[str, Any] | None:
         manifest = json.loads(content)
     except ValueError:
         manifest = None
-    if not _is_manifest(manifest):
+    if not is_manifest(manifest):
         raise ConfigError(
             f"{OUTPUT_SETTING}={uri}: the {MANIFEST_NAME} there was not written by this job",
             hint="publish to another place",
@@ -100,7 +100,8 @@ def parse_manifest(content: bytes | None, uri: str) -> dict[str, Any] | None:
     return published
 
 
-def _is_manifest(content: object) -> bool:
+def is_manifest(content: object) -> bool:
+    """Say whether a file of that name was written by this job."""
     if not isinstance(content, dict) or "run_id" not in content or not isinstance(content.get("files"), list):
         return False
     return all(isinstance(file, dict) and "path" in file for file in content["files"])

@@ -135,7 +135,7 @@ def publish(
     publish_files(
         store,
         folder,
-        [name for name in names if name not in LATER],
+        names,
         complete,
         run_id=manifest["run_id"],
         later=LATER,
