@@ -22,7 +22,7 @@ from job.outcome import Progress
 from job.plan import TrainPlan
 from job.settings_groups import ModelSettings, RuntimeSettings
 from job.slot import has_merged, is_manifest
-from job.storage import Store, StoredFile, open_store
+from job.storage import ReadableStore, StoredFile, open_store
 
 _SETTING = "URI"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -59,7 +59,7 @@ def verify(uri: str, runtime: RuntimeSettings, progress: Progress) -> str:
     return f"run {progress.run_id} is whole at {uri}"
 
 
-def _read_manifest(store: Store) -> dict[str, Any]:
+def _read_manifest(store: ReadableStore) -> dict[str, Any]:
     content = store.read(MANIFEST_NAME)
     if content is None:
         raise NotFoundError(
@@ -87,7 +87,7 @@ def _is_inside(path: str) -> bool:
     return not parts.is_absolute() and ".." not in parts.parts
 
 
-def _find_damage(store: Store, listed: list[dict[str, Any]], folder: Path) -> dict[str, str]:
+def _find_damage(store: ReadableStore, listed: list[dict[str, Any]], folder: Path) -> dict[str, str]:
     """Return what is wrong with each file of a slot; bring the whole ones, but the merged model, into a folder."""
     found = {file.path: file for file in store.find()}
     problems = {
@@ -101,7 +101,7 @@ def _find_damage(store: Store, listed: list[dict[str, Any]], folder: Path) -> di
     return problems
 
 
-def _compare(store: Store, found: StoredFile | None, listed: Mapping[str, Any], folder: Path) -> str | None:
+def _compare(store: ReadableStore, found: StoredFile | None, listed: Mapping[str, Any], folder: Path) -> str | None:
     if found is None:
         return "is missing"
     if found.size_bytes != listed["bytes"]:
