@@ -55,6 +55,7 @@ def run(settings: Settings, progress: Progress) -> str:
     from job.metrics_server import serve_metrics
     from job.nodes.identity import describe_run, refuse_differences
     from job.nodes.peers import join_peers
+    from job.slot import is_finished
 
     started_s = time.monotonic()
     node = find_node(settings.parallel)
@@ -68,11 +69,17 @@ def run(settings: Settings, progress: Progress) -> str:
         run_id, output = prepared.inputs.run_id, settings.output.uri
         with (
             join_peers(node, run_id=run_id, output=output, explain=_explain) as peers,
-            hold_slot(prepared.slot, run_id=run_id) if node.rank == 0 else nullcontext() as lease,
+            hold_slot(prepared.workplace, run_id=run_id, output=prepared.slot.uri)
+            if node.rank == 0
+            else nullcontext() as lease,
         ):
             if node.nodes > 1:
                 refuse_differences(peers.exchange(describe_run(prepared)))
-            if peers.exchange(node.rank == 0 and _is_published(prepared))[0]:  # by a job that held the slot until now
+            # By a job that held the slot until now.
+            finished = node.rank == 0 and is_finished(
+                prepared.slot, prepared.checkpoints, run_id, settings.output, nodes=node.nodes
+            )
+            if peers.exchange(finished)[0]:
                 return _ALREADY_PUBLISHED
             max_hours = settings.runtime.max_hours
             deadline_s = None if max_hours is None else started_s + max_hours * 3600
@@ -80,13 +87,6 @@ def run(settings: Settings, progress: Progress) -> str:
             trained = _train(prepared, folder, peers, lease, progress, deadline_s=deadline_s)
             _publish(trained, folder, peers, lease, progress)
         return "is published"
-
-
-def _is_published(prepared: "Prepared") -> bool:
-    from job.slot import is_already_published
-
-    output = prepared.settings.output
-    return is_already_published(prepared.slot, prepared.inputs.run_id, overwrite=output.overwrite, merge=output.merge)
 
 
 def _train(
@@ -194,25 +194,26 @@ def prepare(
     from job.prepared import Prepared
     from job.report.plan import format_plan
     from job.report.xray import format_xray
-    from job.slot import check_slot, is_already_published, keep_bad_rows, open_checkpoints, open_slot
+    from job.slot import check_slot, is_finished, keep_bad_rows, open_checkpoints, open_slot, open_workplace
 
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
 
     progress.enter("reading the inputs")
     if node.rank == 0:
-        check_slot(settings.output.uri)
+        check_slot(settings.output)
     inputs = find_inputs(settings, work_dir)
-    slot = open_slot(settings.output.uri, inputs.run_id)
+    slot = open_slot(settings.output, inputs.run_id)
     progress.run_id, progress.output = inputs.run_id, slot.uri
-    checkpoints = open_checkpoints(settings.checkpoint.uri, slot, inputs.run_id)
-    if is_already_published(slot, inputs.run_id, overwrite=settings.output.overwrite, merge=settings.output.merge):
+    workplace = open_workplace(slot, settings.checkpoint.uri, inputs.run_id, work_dir)
+    checkpoints = open_checkpoints(settings.checkpoint.uri, workplace, inputs.run_id)
+    if is_finished(slot, checkpoints, inputs.run_id, settings.output, nodes=node.nodes):
         if node.rank == 0:
             checkpoints.clear(inputs.run_id)  # a start that was killed after it had published has left them
-            drop_lease(slot, inputs.run_id)
+            drop_lease(workplace, inputs.run_id)
         return None
     if node.rank == 0:
-        slot.check_writable()
+        workplace.check_writable()
         checkpoints.store.check_writable()
 
     progress.enter("tokenizing")
@@ -223,7 +224,7 @@ def prepare(
         model_folder,
         work_dir / "tokens",
         processes=hardware.cpu_cores,
-        keep_bad_rows=lambda path: keep_bad_rows(slot, path) if node.rank == 0 else str(path),
+        keep_bad_rows=lambda path: keep_bad_rows(workplace, path) if node.rank == 0 else str(path),
     )
     terminal = find_terminal(settings.runtime.log_format)
     logger.info("the data:\n%s", format_xray(dataset.xray, terminal))
@@ -233,7 +234,7 @@ def prepare(
     progress.total_steps = plan.steps
     logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan, width=terminal.width))
     _log_warnings(plan.warnings)
-    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints)
+    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints, workplace)
     if node.rank == 0:
         refuse_another_runs(prepared)
     prepared.write_down(RunFolder(work_dir / "run"), warnings)

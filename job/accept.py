@@ -91,16 +91,16 @@ def name_base_model(model_id: str, revision: str) -> tuple[str, str | None]:
     return model_id.removeprefix("hf://").partition("@")[0], revision
 
 
-def find_wrong_config(config: Mapping[str, Any], plan: TrainPlan) -> str | None:
+def find_wrong_config(config: Mapping[str, Any], plan: Mapping[str, Any]) -> str | None:
     """Return what an adapter's configuration says otherwise than the plan that it was trained by, if anything."""
-    name, revision = name_base_model(plan.model_id, plan.model_revision)
+    name, revision = name_base_model(plan["model_id"], plan["model_revision"])
     expected = {
         "base_model_name_or_path": name,
         "revision": revision,
-        "r": plan.lora_r,
-        "lora_alpha": plan.lora_alpha,
-        "use_rslora": plan.lora_rslora,
-        "use_dora": plan.lora_dora,
+        "r": plan["lora_r"],
+        "lora_alpha": plan["lora_alpha"],
+        "use_rslora": plan["lora_rslora"],
+        "use_dora": plan["lora_dora"],
     }
     for key, value in expected.items():
         if config.get(key) != value:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from job.accept import ROWS, Acceptance, AcceptanceTask
 from job.cgroup import count_oom_kills
-from job.errors import ERROR_BY_CODE, InternalError
+from job.errors import DATA, ERROR_BY_CODE, InternalError, RefusedError
 from job.handover import RunFolder, WorkerOutcome
 from job.hardware import Hardware
 from job.launch_command import worker_environment
@@ -70,7 +70,7 @@ class FreshProcess:
     def accept(self, adapter: Path, *, limit_s: float) -> Acceptance:
         """Have it load the adapter in a folder, and return what it came to, within so many seconds.
 
-        Raises the JobError that it ended with: InternalError for an adapter that isn't what was trained.
+        Raises RefusedError for an adapter that isn't what was trained, and the JobError that it ended with otherwise.
         """
         try:
             self._process.communicate(f"{adapter}\n", timeout=limit_s)
@@ -84,6 +84,8 @@ class FreshProcess:
         outcome = WorkerOutcome.model_validate_json(self._folder.acceptance_outcome.read_bytes())
         if outcome.out_of_memory:
             return Acceptance(skipped=outcome.message)
+        if outcome.code == DATA.code:
+            raise RefusedError(outcome.message, hint=outcome.hint)
         if outcome.code != 0:
             raise ERROR_BY_CODE[outcome.code](outcome.message, hint=outcome.hint)
         return Acceptance.model_validate_json(self._folder.acceptance.read_bytes())

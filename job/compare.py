@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from job.errors import NotFoundError
 from job.evaluation import Evaluation, LossChange, RowLoss, compare_losses
+from job.handover import METRICS
 from job.log import format_bytes, logger
 from job.manifest import MANIFEST_NAME
 from job.report.columns import count_columns, cut, make_visible
@@ -21,7 +22,7 @@ from job.report.plan import write_value
 from job.report.series import read_series
 from job.report.text import draw_curve, question_of, shorten
 from job.settings_problems import DELIMITER, PREFIX
-from job.slot import read_published
+from job.slot import is_manifest
 from job.storage import open_store
 
 # What says where and how a run went, and what is compared as the plan or the data have it.
@@ -77,15 +78,14 @@ def compare(uris: Sequence[str]) -> str:
 def read_run(uri: str) -> PublishedRun:
     """Read what is published at a place, but for the adapter. Raises NotFoundError where no run is."""
     store = open_store(uri, setting="URI")
-    manifest = read_published(store)
+    manifest = _parse_manifest(store.read(MANIFEST_NAME))
     if manifest is None:
         raise NotFoundError(
-            f"{uri}: no run is published there, for there is no {MANIFEST_NAME}",
-            hint="name the slot of a run that has ended with 0, such as s3://bucket/adapters/0123456789abcdef",
+            f"{uri}: no run is published there, for there is no {MANIFEST_NAME} of this job's",
+            hint="name the place of one run: what its SFT_OUTPUT__URI was, with {run_id} filled in",
         )
-    return PublishedRun(
-        uri, manifest, _parse_lines(store.read("metrics.jsonl")), _parse_evaluation(uri, store.read("evaluation.json"))
-    )
+    lines, evaluation = store.read(METRICS), store.read("evaluation.json")
+    return PublishedRun(uri, manifest, _parse_lines(lines), _parse_evaluation(uri, evaluation))
 
 
 def format_comparison(runs: Sequence[PublishedRun], *, width: int) -> Iterator[str]:
@@ -263,6 +263,14 @@ def _write_row(row: Row, width: int) -> str:
 
 def _pad(text: str, width: int) -> str:
     return text + " " * (width - count_columns(text))
+
+
+def _parse_manifest(content: bytes | None) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(content or b"")
+    except ValueError:
+        return None
+    return manifest if is_manifest(manifest) else None
 
 
 def _parse_lines(content: bytes | None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from job.errors import InternalError
 from job.log import format_bytes, logger, transfer_progress
 from job.manifest import hash_file
-from job.storage import Store, StoredFile
+from job.storage import ReadableStore, StoredFile
 
 _INDEX = "fetched.json"
 
@@ -26,10 +26,11 @@ class Downloads:
     """A folder for some files of a store, with an index that says which version of each was fetched and verified.
 
     Whatever else lies in the folder is deleted, so that it must be one of the job's own. Stores whose files lie
-    elsewhere (see `Store.fetch`) leave it empty. Raises InternalError for a folder that somebody else has filled.
+    elsewhere (see `ReadableStore.fetch`) leave it empty. Raises InternalError for a folder that somebody else has
+    filled.
     """
 
-    def __init__(self, folder: Path, store: Store, files: list[StoredFile]) -> None:
+    def __init__(self, folder: Path, store: ReadableStore, files: list[StoredFile]) -> None:
         self._folder = folder
         self._store = store
         if not (folder / _INDEX).exists() and folder.is_dir() and any(folder.iterdir()):

@@ -10,6 +10,7 @@ never used on purpose, because it is what an uncaught Python error returns.
     |- UnavailableError    69  a store, the Hub or a peer out of reach after retries
     |  `- DamagedError         a file that isn't what it was when it was written
     |- InternalError       70  a bug in the job
+    |  `- RefusedError          an adapter that isn't what was trained, or can't be loaded
     |- ResourcesError      71  out of GPU memory, host memory or disk
     |  `- OutOfMemoryError     where smaller steps may need less
     |- PreemptedError      75  told to stop
@@ -99,9 +100,13 @@ class NotFoundError(JobError):
 
 
 class UnavailableError(JobError):
-    """A store, the Hub or a peer is out of reach, after retries."""
+    """A store, the Hub or a peer is out of reach, after retries. One that asks for a pause says how long: 0 is not."""
 
     exit_code = UNAVAILABLE
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
 
 
 class DamagedError(UnavailableError):
@@ -112,6 +117,10 @@ class InternalError(JobError):
     """The job broke one of its own promises."""
 
     exit_code = INTERNAL
+
+
+class RefusedError(InternalError):
+    """A fresh process can't load an adapter, or finds another than was trained."""
 
 
 class ResourcesError(JobError):

@@ -21,7 +21,7 @@ from job.manifest import make_run_id
 from job.prompts import GivenPrompt, fetch_prompts
 from job.settings import Settings
 from job.settings_groups import ModelSettings
-from job.storage import Store, StoredFile, open_store
+from job.storage import ReadableStore, StoredFile, open_store
 
 # Pickled weights (.bin, .pt) are never read. Mistral publishes its weights a second time as consolidated.safetensors.
 _MODEL_SUFFIXES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
@@ -48,7 +48,7 @@ class BaseModel:
     id: str
     revision: str
     hub_revision: str | None
-    store: Store
+    store: ReadableStore
     files: tuple[StoredFile, ...]
 
     def fetch_configuration(self, folder: Path) -> Path:

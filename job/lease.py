@@ -62,13 +62,20 @@ class LeaseRecord(BaseModel):
 
 @contextmanager
 def hold_slot(
-    slot: Store, *, run_id: str, renewal_s: float = RENEWAL_S, stale_s: float = STALE_S, look_s: float = _LOOK_S
+    slot: Store,
+    *,
+    run_id: str,
+    output: str | None = None,
+    renewal_s: float = RENEWAL_S,
+    stale_s: float = STALE_S,
+    look_s: float = _LOOK_S,
 ) -> Iterator["Lease"]:
     """Keep other jobs off a slot for the block; wait up to `stale_s` seconds for one that may be dead.
 
-    Raises ConfigError, which names it, when another job works there, and what the store raises.
+    `output` is the slot's URI for messages, where the lease is kept elsewhere. Raises ConfigError, which names it, when
+    another job works there, and what the store raises.
     """
-    lease = Lease(slot, _describe_process(run_id), stale_s=stale_s, look_s=look_s)
+    lease = Lease(slot, _describe_process(run_id), output=output or slot.uri, stale_s=stale_s, look_s=look_s)
     lease.acquire()
     lease.start(renewal_s)
     try:
@@ -91,8 +98,9 @@ def drop_lease(slot: Store, run_id: str) -> None:
 class Lease:
     """This job's hold on a slot. One thread renews it, and releases it in the end."""
 
-    def __init__(self, slot: Store, record: LeaseRecord, *, stale_s: float, look_s: float) -> None:
+    def __init__(self, slot: Store, record: LeaseRecord, *, output: str, stale_s: float, look_s: float) -> None:
         self._slot = slot
+        self._output = output
         self._record = record
         self._stale_s = stale_s
         self._look_s = look_s
@@ -115,7 +123,7 @@ class Lease:
             self._note(found)
         if self._lost is not None:
             raise UnavailableError(
-                f"{self._slot.uri}: taken over by {self._lost.describe()}, for this one had not renewed its lease",
+                f"{self._output}: taken over by {self._lost.describe()}, for this one had not renewed its lease",
                 hint="nothing, if that job goes on; it finds the checkpoints of this one",
             )
 
@@ -154,7 +162,7 @@ class Lease:
         Raises ConfigError when it is renewed.
         """
         holder = "a job whose lease can't be read" if held is None else held.describe()
-        logger.info("waiting up to %g s to see whether %s, still works on %s", self._stale_s, holder, self._slot.uri)
+        logger.info("waiting up to %g s to see whether %s, still works on %s", self._stale_s, holder, self._output)
         began_s = time.monotonic()
         while time.monotonic() - began_s < self._stale_s:
             time.sleep(self._look_s)
@@ -164,7 +172,7 @@ class Lease:
             if found[1] != version:
                 now = _parse(found[0])
                 raise ConfigError(
-                    f"SFT_OUTPUT__URI={self._slot.uri}: {holder if now is None else now.describe()}, works there",
+                    f"SFT_OUTPUT__URI={self._output}: {holder if now is None else now.describe()}, works there",
                     hint="wait until it has ended, stop it, or publish elsewhere",
                 )
         logger.warning("taking over from %s, which has not renewed its lease for %g s", holder, self._stale_s)
@@ -205,7 +213,7 @@ class Lease:
     def _note(self, found: LeaseRecord | None) -> None:
         if found is not None and found.holder != self._record.holder and self._lost is None:
             self._lost = found
-            logger.error("%s is taken over by %s", self._slot.uri, found.describe())
+            logger.error("%s is taken over by %s", self._output, found.describe())
 
     def _read(self) -> LeaseRecord | None:
         found = self._slot.read_version(LEASE_PATH)

@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 
 
 def insist(act: Callable[[], Result]) -> Result:
-    """Do something with a store; where it is out of reach, again and again for five minutes, with growing pauses.
+    """Do something with a store; where it is out of reach, again and again for five minutes, with growing pauses,
+    none shorter than it asks for.
 
     Raises the last UnavailableError then, and all other errors at once; a signal ends a pause.
     """
@@ -28,7 +29,7 @@ def insist(act: Callable[[], Result]) -> Result:
             left_s = PATIENCE_S - (time.monotonic() - began_s)
             if left_s <= 0:
                 raise
-            pause_s = min(pause_s, left_s)
+            pause_s = min(max(pause_s, error.retry_after_s), left_s)
             logger.warning(
                 "%s; trying again in %.0f s, and for up to %.0f s in all", error.message, pause_s, PATIENCE_S
             )

@@ -30,6 +30,7 @@ from job.schedule import (
     warn_of_idle_patience,
     warn_of_little_learning,
     warn_of_long_warmup,
+    warn_of_lost_checkpoints,
     warn_of_repeated_rows,
 )
 from job.settings import Settings
@@ -156,6 +157,7 @@ def make_plan(settings: Settings, parallel: ParallelPlan, data: DataFacts) -> Tr
     choose_what_fits(choices, settings, data.shape, parallel.available_bytes)
     _choose_early_stopping(choices, settings.train, data)
     _choose_checkpoints(choices, settings.checkpoint)
+    choices.warnings += warn_of_lost_checkpoints(settings.output.uri, settings.checkpoint.uri)
     _warn(choices, settings.train, data.train_rows, parallel.world_size)
     return TrainPlan(**choices.values, sources=choices.sources, warnings=choices.warnings)
 

@@ -16,13 +16,13 @@ from job.hardware import Hardware
 from job.inputs import Inputs
 from job.plan import TrainPlan
 from job.settings import Settings
-from job.storage import Store
+from job.storage import Slot, Store
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings, machine, inputs (the base model in `model_folder`), data set and plan of one run, its slot and its
-    checkpoints' place."""
+    """Settings, machine, inputs (the base model in `model_folder`), data set and plan of one run, its slot, and the
+    places of its checkpoints and of what else is kept while it goes on."""
 
     settings: Settings
     hardware: Hardware
@@ -30,8 +30,9 @@ class Prepared:
     model_folder: Path
     dataset: Dataset
     plan: TrainPlan
-    slot: Store
+    slot: Slot
     checkpoints: CheckpointStore
+    workplace: Store
 
     def write_down(self, folder: RunFolder, warnings: Sequence[str]) -> None:
         """Write plan and X-ray into a fresh folder."""

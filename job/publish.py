@@ -10,6 +10,7 @@ from typing import Any
 
 from job.accept import ADAPTER_CONFIG, Acceptance, name_base_model
 from job.accept_process import ready_to_accept
+from job.commit import publish_in_one_commit
 from job.handover import RunFolder
 from job.lease import Lease
 from job.log import find_terminal, logger
@@ -18,6 +19,8 @@ from job.prepared import Prepared
 from job.record import make_manifest, record_run
 from job.report.pages import PAGES, write_pages
 from job.report.text import format_result
+from job.serving import EngineVerdict, judge_engines, read_facts, vllm_command
+from job.slot import has_merged
 from job.upload import publish
 
 _QUARANTINE = "quarantine.jsonl"  # the rows of a run that skipped them
@@ -26,22 +29,29 @@ _QUARANTINE = "quarantine.jsonl"  # the rows of a run that skipped them
 def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
     """Lay everything that belongs to the trained adapter beside it, and publish it to the run's slot.
 
-    Raises what `publish` raises, and InternalError when what was read back isn't what was trained.
+    Raises what `publish` raises, and RefusedError when what was read back isn't what was trained.
     """
+    slot, run_id, overwrite = prepared.slot, prepared.inputs.run_id, prepared.settings.output.overwrite
     with ready_to_accept(prepared, folder) as accept:
         _lay_out(prepared, folder)
-        publish(
-            prepared.slot,
-            folder.adapter,
-            _list_files(folder.adapter),
-            partial(_complete, prepared, folder, accept),
-            run_id=prepared.inputs.run_id,
-            later=PAGES,
-            overwrite=prepared.settings.output.overwrite,
-            check_lease=lease.check,
-        )
-    prepared.checkpoints.clear(prepared.inputs.run_id)
-    forget_memory_found(prepared.slot)
+        complete = partial(_complete, prepared, folder, accept)
+        if slot.takes_commits:
+            publish_in_one_commit(
+                slot, folder.adapter, complete, run_id=run_id, overwrite=overwrite, check_lease=lease.check
+            )
+        else:
+            publish(
+                slot,
+                folder.adapter,
+                _list_files(folder.adapter),
+                complete,
+                run_id=run_id,
+                later=PAGES,
+                overwrite=overwrite,
+                check_lease=lease.check,
+            )
+    prepared.checkpoints.clear(run_id)
+    forget_memory_found(prepared.workplace)
 
 
 def _lay_out(prepared: Prepared, folder: RunFolder) -> None:
@@ -53,16 +63,35 @@ def _lay_out(prepared: Prepared, folder: RunFolder) -> None:
     _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
 
 
+def _judge_serving(prepared: Prepared, adapter_folder: Path) -> tuple[list[EngineVerdict], str | None]:
+    config = json.loads((adapter_folder / ADAPTER_CONFIG).read_bytes())
+    dataset = prepared.dataset
+    facts = read_facts(
+        config, vocabulary_size=dataset.facts.shape.vocabulary_size, stored=dataset.facts.stored_quantization
+    )
+    command = vllm_command(
+        facts,
+        base=config["base_model_name_or_path"],
+        revision=config["revision"],
+        slot=prepared.slot.uri,
+        own_tokenizer=dataset.xray.turn_end.adopted is not None,
+        own_template=dataset.template is not None,
+        is_merged=has_merged(_list_files(adapter_folder)),
+    )
+    return judge_engines(facts), command
+
+
 def _complete(
     prepared: Prepared, folder: RunFolder, accept: Callable[[Path], Acceptance], read_back: Path
 ) -> dict[str, Any]:
-    """Have what was read back accepted, write what describes it, and return the manifest."""
+    """Have what was read back, or is to be committed, accepted, write what describes it, and return the manifest."""
     acceptance = accept(read_back)
-    (logger.info if acceptance.skipped is None else logger.warning)("%s", acceptance.describe())
-    record = record_run(prepared, folder, acceptance=acceptance)
+    if acceptance.skipped is not None:
+        logger.warning("%s", acceptance.describe())
+    engines, command = _judge_serving(prepared, folder.adapter)
+    record = record_run(prepared, folder, acceptance=acceptance, engines=engines, serve_command=command)
     pages = write_pages(record, folder.adapter)
-    terminal = find_terminal(prepared.settings.runtime.log_format)
-    logger.info("the result:\n%s", format_result(record, terminal))
+    logger.info("the result:\n%s", format_result(record, find_terminal(prepared.settings.runtime.log_format)))
     return make_manifest(record, pages)
 
 

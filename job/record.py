@@ -126,7 +126,7 @@ def make_manifest(record: RunRecord, pages: Sequence[PublishedFile]) -> dict[str
         "metrics": record.metrics,
         "evaluation": None if loss is None else loss.model_dump(mode="json"),
         "acceptance": None if record.acceptance is None else record.acceptance.model_dump(mode="json"),
-        "serving": {"engines": [asdict(verdict) for verdict in record.engines], "command": record.serve_command},
+        "serving": {"engines": [asdict(verdict) for verdict in record.engines], "vllm": record.serve_command},
         "warnings": record.warnings,
         "files": sorted((asdict(file) for file in [*record.files, *pages]), key=lambda file: file["path"]),
     }

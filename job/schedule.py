@@ -108,6 +108,16 @@ def warn_of_few_steps(steps: int, rows: int, global_batch_size: int, *, by_max_s
     return [f"only {_count(steps, 'step')} of {_count(global_batch_size, 'sequence')} each: {remedy}"]
 
 
+def warn_of_lost_checkpoints(output_uri: str, checkpoint_uri: str | None) -> list[str]:
+    """Return a warning where the checkpoints are on this machine alone."""
+    if not output_uri.startswith("hf://") or checkpoint_uri is not None:
+        return []
+    return [
+        "the Hub has no place for checkpoints, so they stay in SFT_RUNTIME__WORK_DIR: on another machine this run "
+        "would begin anew, and another job of it not be noticed; set SFT_CHECKPOINT__URI=s3://bucket/prefix"
+    ]
+
+
 def warn_of_little_learning(
     steps: int, warmup_steps: int, scheduler: Scheduler, peak: float, *, by_max_steps: bool
 ) -> list[str]:

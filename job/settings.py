@@ -109,6 +109,15 @@ def _contradictions(settings: Settings) -> list[str]:
         problems.append("SFT_DATA__EVAL_FRACTION: SFT_DATA__EVAL_URI names the held-out rows already; set one of them")
     if settings.train.max_steps is not None and "epochs" in settings.train.model_fields_set:
         problems.append("SFT_TRAIN__EPOCHS: SFT_TRAIN__MAX_STEPS says how long to train already; set one of them")
+    output = settings.output
+    if output.pull_request and not output.uri.startswith("hf://"):
+        problems.append(
+            "SFT_OUTPUT__PULL_REQUEST: there are pull requests on the Hub alone, hf://org/name; leave it out"
+        )
+    elif output.pull_request and "@" in output.uri:
+        problems.append(
+            "SFT_OUTPUT__PULL_REQUEST: it is one to merge into main; leave the revision out of SFT_OUTPUT__URI"
+        )
     return problems
 
 

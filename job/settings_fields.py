@@ -1,6 +1,7 @@
 """What single settings take: their types, and the words in which a wrong value is refused."""
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -35,15 +36,37 @@ def _require_scheme(uri: str) -> str:
     return uri
 
 
-def _require_output_place(uri: str) -> str:
-    if uri.startswith("hf://"):
-        raise ValueError("publishing to the Hub is not served yet; use s3://bucket/prefix or a path")
+def _require_one_place(uri: str) -> str:
     if any(character in uri for character in "*?["):
         raise ValueError("an output is one place; it can't hold wildcards")
     return uri
 
 
+def _require_repository(uri: str) -> str:
+    if uri.startswith("hf://") and (re.search(_NO_MODEL, uri) or not re.search(_REPOSITORY, uri)):
+        raise ValueError(
+            "on the Hub, an output is a model's whole repository; use hf://org/name or hf://org/name@branch"
+        )
+    return uri
+
+
+def _refuse_hub(uri: str) -> str:
+    if uri.startswith("hf://"):
+        raise ValueError("the Hub has no place for checkpoints; use s3://bucket/prefix or a path")
+    return uri
+
+
+def _require_license(name: str) -> str:
+    if not re.search(_LICENSE, name):
+        raise ValueError("must be the identifier of a license, such as apache-2.0 or other")
+    return name
+
+
 Auto = Literal["auto"]
+
+_REPOSITORY = r"^hf://[^/@]+/[^/@]+(@(refs/pr/[0-9]+|[^/@]+))?$"
+_NO_MODEL = "^hf://(datasets|spaces|buckets|models)/"
+_LICENSE = r"^[A-Za-z0-9][A-Za-z0-9.+_-]*$"
 
 # The same rules for those who check settings by their JSON Schema. As `not`, because validators quote a value that
 # fails a pattern, and it may hold credentials.
@@ -51,13 +74,29 @@ _WRONG_URI: list[JsonDict] = [
     {"pattern": "://", "not": {"pattern": "^(s3|hf)?://"}},
     {"pattern": r"://([^/]*:[\s\S]*@|[^/]*@[^/]*:)"},
 ]
-_WRONG_OUTPUT: list[JsonDict] = [*_WRONG_URI, {"pattern": "^hf://"}, {"pattern": r"[*?\[]"}]
+_WRONG_PLACE: list[JsonDict] = [*_WRONG_URI, {"pattern": r"[*?\[]"}]
+_WRONG_OUTPUT: list[JsonDict] = [
+    *_WRONG_PLACE,
+    {"pattern": _NO_MODEL},
+    {"pattern": "^hf://", "not": {"pattern": _REPOSITORY}},
+]
+_WRONG_CHECKPOINTS: list[JsonDict] = [*_WRONG_PLACE, {"pattern": "^hf://"}]
 
 _PlainUri = Annotated[str, Field(min_length=1), AfterValidator(_refuse_credentials), AfterValidator(_require_scheme)]
 Uri = Annotated[_PlainUri, Field(json_schema_extra={"not": {"anyOf": [*_WRONG_URI]}})]
 OutputUri = Annotated[
-    _PlainUri, AfterValidator(_require_output_place), Field(json_schema_extra={"not": {"anyOf": [*_WRONG_OUTPUT]}})
+    _PlainUri,
+    AfterValidator(_require_one_place),
+    AfterValidator(_require_repository),
+    Field(json_schema_extra={"not": {"anyOf": [*_WRONG_OUTPUT]}}),
 ]
+CheckpointUri = Annotated[
+    _PlainUri,
+    AfterValidator(_require_one_place),
+    AfterValidator(_refuse_hub),
+    Field(json_schema_extra={"not": {"anyOf": [*_WRONG_CHECKPOINTS]}}),
+]
+License = Annotated[str, AfterValidator(_require_license), Field(json_schema_extra={"pattern": _LICENSE})]
 
 
 class Source(Group):

@@ -8,8 +8,10 @@ from pydantic import Field
 
 from job.settings_fields import (
     Auto,
+    CheckpointUri,
     Columns,
     Group,
+    License,
     Modules,
     OutputUri,
     Prompts,
@@ -195,10 +197,10 @@ class TrainSettings(Group):
 class CheckpointSettings(Group):
     """What is kept in the store while training goes on."""
 
-    uri: OutputUri | None = Field(
+    uri: CheckpointUri | None = Field(
         None,
         description="Where checkpoints go: s3://bucket/prefix or a folder; {run_id} is filled in; "
-        "else checkpoint/ in the output",
+        "else checkpoint/ in the output, or for one on the Hub a folder in SFT_RUNTIME__WORK_DIR",
     )
     every_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         None,
@@ -270,9 +272,16 @@ class EvalSettings(Group):
 class OutputSettings(Group):
     """Where the adapter goes."""
 
-    uri: OutputUri = Field(description="The slot of one run: s3://bucket/prefix or a folder; {run_id} is filled in")
+    uri: OutputUri = Field(
+        description="The slot of one run: s3://bucket/prefix, hf://org/name[@branch] or a folder; {run_id} is filled in"
+    )
     overwrite: bool = Field(False, description="Replace another run's adapter in the slot")
     merge: bool = Field(False, description="Publish the base model with the adapter merged into it, too, in merged/")
+    private: bool = Field(True, description="On the Hub: a repository that the job creates is private")
+    pull_request: bool = Field(False, description="On the Hub: open a pull request instead of committing to main")
+    license: License | None = Field(
+        None, description="License of the adapter in its model card, as the Hub names it: apache-2.0, other, ..."
+    )
 
 
 class RuntimeSettings(Group):

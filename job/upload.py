@@ -49,10 +49,10 @@ def publish(
     check_lease()
     _remove_stale(slot, {*names, *later}, folder.parent)
     with tempfile.TemporaryDirectory(prefix="read-back-", dir=folder.parent) as kept:
-        _place(slot, folder, names, Path(kept), check_lease)
+        placed = _place(slot, folder, [name for name in names if name not in later], Path(kept), check_lease)
         manifest = complete(Path(kept))
-        listed = {file["path"] for file in manifest["files"]}
-        _place(slot, folder, sorted(listed - set(names)), Path(kept), check_lease)
+        listed = {file["path"]: file["sha256"] for file in manifest["files"]}
+        _place(slot, folder, [name for name in listed if listed[name] != placed.get(name)], Path(kept), check_lease)
     manifest_path = folder / MANIFEST_NAME
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _put_manifest(slot, manifest_path, check_lease)
@@ -61,8 +61,10 @@ def publish(
     logger.info("published %d files, %s, at %s", len(listed) + 1, format_bytes(total_bytes), slot.uri)
 
 
-def _place(slot: Store, folder: Path, names: Collection[str], kept: Path, check_lease: Callable[[], None]) -> None:
-    """Upload files and read them back, those that differ once more; what was read back is found in `kept`."""
+def _place(
+    slot: Store, folder: Path, names: Collection[str], kept: Path, check_lease: Callable[[], None]
+) -> dict[str, str]:
+    """Upload files and read them back, those that differ once more, into `kept`; return each one's sha256."""
     sha256_by_name = {name: hash_file(folder / name) for name in names}
     damaged = list(names)
     for _ in range(_UPLOADS):
@@ -71,7 +73,7 @@ def _place(slot: Store, folder: Path, names: Collection[str], kept: Path, check_
             insist(partial(slot.put, folder / name, name))
         damaged = [name for name in damaged if not _reads_back(slot, name, sha256_by_name[name], kept)]
         if not damaged:
-            return
+            return sha256_by_name
         logger.warning("%s: %s read back differently from what was written", slot.uri, ", ".join(damaged))
     raise _differs(slot, damaged[0])
 

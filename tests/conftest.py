@@ -61,9 +61,9 @@ def s3_environment(seaweed: SeaweedFS, no_aws: None, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture(scope="session")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubStandIn]:
+def hub() -> Iterator[HubStandIn]:
     """A stand-in for the Hub; use its `environment` in a subprocess, for HF_ENDPOINT is read at import."""
-    with HubStandIn(tmp_path_factory.mktemp("hub")) as stand_in:
+    with HubStandIn() as stand_in:
         yield stand_in
 
 

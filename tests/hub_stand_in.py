@@ -1,38 +1,40 @@
-"""A stand-in for the read side of the Hugging Face Hub: it serves repositories from a folder on loopback.
+"""A stand-in for the Hugging Face Hub: repositories in memory, served on loopback to the real huggingface_hub.
 
-It is not the Hub. It answers what huggingface_hub 2.4 asks when it lists and downloads, in the forms that the library
-expects, and it can send errors and damaged bodies on purpose. Repositories lie in `models/org/name` and
-`datasets/org/name`; each has one commit, named by its content and by `main`. Files named like weights are "LFS" files:
-their ETag is a sha256 and their download is a redirect.
+It is not the Hub. It answers what huggingface_hub 2.4 asks when it lists, downloads, creates, uploads and commits, in
+the forms that the library expects, and it can refuse, lose answers and damage bodies on purpose. Files named like
+weights are "LFS" files: their ETag is a sha256, their download a redirect, and their upload LFS's basic transfer. Xet,
+by which the library would rather upload, is switched off in `environment()`.
 """
 
-import hashlib
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
 
-LFS_SUFFIXES = {".safetensors", ".bin", ".parquet"}
+from hub_handler import HubHandler
+from hub_repositories import StoredCommit, StoredRepository, make_blob, make_commit
+
+OWNER = {
+    "name": "camellia",
+    "type": "user",
+    "orgs": [{"name": "org", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}],
+    "auth": {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}},
+}
 
 
 class HubStandIn:
-    """A running stand-in; use it as a context manager, and `environment()` in the process that downloads."""
+    """A running stand-in; use it as a context manager, and `environment()` in the process that uses it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.gated: set[str] = set()  # repositories whose files are refused
-        self.fail_next = 0  # answer so many requests with 503
-        self.flip_next = 0  # flip a byte in so many downloads
-        self.cut_next = 0  # end so many downloads half way
+    def __init__(self) -> None:
+        self.repositories: dict[tuple[str, str], StoredRepository] = {}  # by ("models", "org/name")
+        self.lfs: dict[str, bytes] = {}  # by sha256
+        self.lock = threading.RLock()
         self.requests: list[str] = []
         self.token_seen = False
-        self.lock = threading.Lock()
+        self.reset()
         stand_in = self
 
-        class Handler(_Handler):
+        class Handler(HubHandler):
             hub = stand_in
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -41,6 +43,21 @@ class HubStandIn:
         port = self._server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{port}"
         self.cdn = f"http://localhost:{port}"  # another name: the library stops at a redirect to another host
+
+    def reset(self) -> None:
+        """Plan no faults, and let every token do everything."""
+        self.fail_next = 0  # answer so many requests with 503
+        self.flip_next = 0  # flip a byte in so many downloads
+        self.cut_next = 0  # end so many downloads half way
+        self.busy_next = 0  # answer so many commits with 429, and ask to wait for a second
+        self.fail_commit_next = 0  # answer so many commits with 500, and don't make them
+        self.lose_commit_next = 0  # make so many commits, and break the connection without an answer
+        self.damage_next = 0  # keep so many files of commits with a flipped byte
+        self.overtake_next: list[dict[str, bytes]] = []  # what others commit just before the next commits
+        self.who: dict[str, Any] = OWNER
+        self.read_only: set[str] = set()  # repositories that the token may not write to
+        self.knows_write_check = True
+        self.bad_licenses: set[str] = set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -53,26 +70,36 @@ class HubStandIn:
         self._server.server_close()
         self._thread.join()
 
-    def environment(self, cache: Path) -> dict[str, str]:
+    def environment(self, cache: object) -> dict[str, str]:
         """Return the variables with which a process uses this stand-in and a cache of its own."""
-        return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(cache),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
-    def add(self, kind: str, repo: str, files: dict[str, bytes]) -> str:
-        """Create or change a repository; `kind` is models or datasets. Returns its commit."""
-        for name, content in files.items():
-            path = self.folder / kind / repo / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return self.commit(self.folder / kind / repo)
+    def repository(self, repo: str, kind: str = "models") -> StoredRepository:
+        return self.repositories[kind, repo]
 
-    def commit(self, root: Path) -> str:
-        digest = hashlib.sha1()
-        for name, path in self.files(root).items():
-            digest.update(f"{name} {hashlib.sha1(path.read_bytes()).hexdigest()}\n".encode())
-        return digest.hexdigest()
+    def add(self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Create a repository or add files to it; `kind` is models or datasets. Returns the commit that holds them."""
+        with self.lock:
+            stored = self.repositories.setdefault((kind, repo), StoredRepository())
+            head = stored.refs.get(branch) or stored.refs["main"]
+            blobs = {name: make_blob(name, content) for name, content in files.items()}
+            if any(head.files.get(name) != blob for name, blob in blobs.items()):
+                head = make_commit("files added", head.files | blobs, head)
+            stored.refs[branch] = head
+            return head.oid
 
-    def files(self, root: Path) -> dict[str, Path]:
-        return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+    def head(self, repo: str, revision: str = "main") -> StoredCommit:
+        """Return the newest commit of a model's branch, tag or pull request."""
+        return self.repository(repo).refs[revision]
+
+    def read(self, repo: str, name: str, revision: str = "main") -> bytes:
+        """Return a file of a model."""
+        return self.head(repo, revision).files[name].content
 
     def take(self, counter: str) -> bool:
         """Use up one planned fault, if one is left."""
@@ -81,122 +108,7 @@ class HubStandIn:
             vars(self)[counter] = max(0, left - 1)
             return left > 0
 
-
-class _Handler(BaseHTTPRequestHandler):
-    hub: HubStandIn
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(f"{self.command} {path}")
-        self.hub.token_seen |= "authorization" in self.headers
-        if self.hub.take("fail_next"):
-            self._error(503, "", "try later")
-        elif path.startswith("/api/"):
-            self._api(path.removeprefix("/api/").split("/"))
-        elif path.startswith("/cdn/"):
-            self._body((self.hub.folder / path.removeprefix("/cdn/")).read_bytes(), {})
-        else:
-            kind = "datasets" if path.startswith("/datasets/") else "models"
-            self._resolve(kind, path.removeprefix("/datasets").strip("/").split("/", 4))
-
-    def _root(self, kind: str, repo: str) -> Path | None:
-        root = self.hub.folder / kind / repo
-        if root.is_dir():
-            return root
-        self._error(404, "RepoNotFound", "Repository not found")
-        return None
-
-    def _api(self, parts: list[str]) -> None:
-        kind, repo, rest = parts[0], "/".join(parts[1:3]), parts[3:]
-        root = self._root(kind, repo)
-        if root is None:
-            return
-        if rest == ["auth-check"]:
-            if repo in self.hub.gated:
-                self._error(403, "GatedRepo", "Access to this repository is restricted")
-            else:
-                self._json({})
-        elif not rest or (rest[0] in ("revision", "tree") and self._known(root, "/".join(rest[1:]))):
-            entries = [_describe(name, path) for name, path in self.hub.files(root).items()]
-            if rest and rest[0] == "tree":
-                self._json([{"type": "file", "path": e["rfilename"], "oid": e["blobId"], **e} for e in entries])
-            else:
-                gated = "manual" if repo in self.hub.gated else False
-                self._json({"id": repo, "sha": self.hub.commit(root), "siblings": entries, "gated": gated, "tags": []})
-        else:
-            self._error(404, "RevisionNotFound", "Invalid rev id")
-
-    def _known(self, root: Path, revision: str) -> bool:
-        return revision in ("main", self.hub.commit(root))
-
-    def _resolve(self, kind: str, parts: list[str]) -> None:
-        org, name, _, revision, file = parts
-        root = self._root(kind, f"{org}/{name}")
-        if root is None:
-            return
-        if f"{org}/{name}" in self.hub.gated:
-            self._error(403, "GatedRepo", "Access to this repository is restricted")
-        elif not self._known(root, revision):
-            self._error(404, "RevisionNotFound", "Invalid rev id")
-        elif not (root / file).is_file():
-            self._error(404, "EntryNotFound", "Entry not found")
-        else:
-            self._send_file(root, file)
-
-    def _send_file(self, root: Path, file: str) -> None:
-        entry = _describe(file, root / file)
-        commit = {"X-Repo-Commit": self.hub.commit(root)}
-        if "lfs" in entry:
-            location = "/cdn/" + (root / file).relative_to(self.hub.folder).as_posix()
-            linked = {"X-Linked-Size": str(entry["size"]), "X-Linked-Etag": f'"{entry["lfs"]["sha256"]}"'}
-            self._head(302, {**commit, **linked, "Location": self.hub.cdn + location, "Content-Length": "0"})
-        else:
-            self._body((root / file).read_bytes(), {**commit, "ETag": f'"{entry["blobId"]}"'})
-
-    def _body(self, content: bytes, headers: dict[str, str]) -> None:
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        part = content[start:]
-        if start:
-            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        self._head(206 if start else 200, {**headers, "Content-Length": str(len(part))})
-        if self.command == "HEAD":
-            return
-        is_file = "/api/" not in self.path
-        if is_file and self.hub.take("flip_next"):
-            part = bytes([part[0] ^ 1]) + part[1:]
-        if is_file and self.hub.take("cut_next"):
-            part = part[: len(part) // 2]
-            self.close_connection = True
-        self.wfile.write(part)
-
-    def _json(self, answer: object) -> None:
-        self._body(json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-    def _error(self, status: int, code: str, message: str) -> None:
-        self._head(status, {"X-Error-Code": code, "X-Error-Message": message, "Content-Length": "0"})
-
-    def _head(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-
-def _describe(name: str, path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    oid = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-    entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": oid}
-    if path.suffix in LFS_SUFFIXES:
-        sha256 = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(content), "pointerSize": 130}
-    return entry
+    def lfs_content(self, commit: str, name: str) -> bytes:
+        """Return what the CDN has for a file of a commit."""
+        found = (repository.find(commit) for repository in self.repositories.values())
+        return next(there.files[name].content for there in found if there is not None and name in there.files)

@@ -82,6 +82,10 @@ class CheckpointStore:
         """Return the committed ones: `finished` first, then the steps, newest first."""
         return _find_committed(self._list())
 
+    def has_finished(self, run_id: str) -> bool:
+        """Say whether all that is to be published of a run is there."""
+        return FINISHED in self.names() and not self._is_of_another(FINISHED, run_id)
+
     def read(self, name: str) -> Checkpoint:
         """Return what a checkpoint says of itself.
 

@@ -34,12 +34,12 @@ class MemoryFound(BaseModel):
 
 
 def keep_memory_found(prepared: Prepared) -> None:
-    """Write what the plan came down to into the slot; a failure is a warning, for it costs a retry some time only."""
+    """Write what the plan came down to into the workplace; a failure is a warning: it costs a retry some time only."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(_describe(prepared, prepared.plan).model_dump_json(indent=2) + "\n")
         file.flush()
         try:
-            prepared.slot.put(Path(file.name), _PATH)
+            prepared.workplace.put(Path(file.name), _PATH)
         except JobError as error:
             logger.warning("a retry will run out of memory again, for %s can't be kept: %s", _PATH, error.message)
 
@@ -47,7 +47,7 @@ def keep_memory_found(prepared: Prepared) -> None:
 def recall_memory_found(prepared: Prepared) -> MemoryFound | None:
     """Return what an earlier start of this run found on a machine like this one."""
     try:
-        content = prepared.slot.read(_PATH)
+        content = prepared.workplace.read(_PATH)
         found = None if content is None else MemoryFound.model_validate_json(content)
     except (JobError, ValidationError) as error:
         logger.warning("%s is of no use, and left aside: %s", _PATH, str(error).splitlines()[0])
@@ -63,10 +63,10 @@ def recall_memory_found(prepared: Prepared) -> MemoryFound | None:
     return found
 
 
-def forget_memory_found(slot: Store) -> None:
-    """Remove it from the slot; a failure is a warning."""
+def forget_memory_found(workplace: Store) -> None:
+    """Remove it from a run's workplace; a failure is a warning."""
     try:
-        slot.delete(_PATH)
+        workplace.delete(_PATH)
     except JobError as error:
         logger.warning("%s stays behind: %s", _PATH, error.message)
 

@@ -1,7 +1,7 @@
 """Training within the memory that there is: on out-of-memory, the same run again in smaller steps.
 
 Where there is a checkpoint it goes on from there. Else the adapter is that of a run which took the smaller steps from
-the beginning. What was found is kept in the slot for a retry, until the adapter is published.
+the beginning. What was found is kept in the workplace for a retry, until the adapter is published.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ def train_within_memory(
     if shortage is None:
         return prepared
     if peers.node_rank == 0:
-        forget_memory_found(prepared.slot)  # nothing that is enough was found
+        forget_memory_found(prepared.workplace)  # nothing that is enough was found
     raise give_up(tried, shortage)
 
 

@@ -12,6 +12,7 @@ from job.report.facts import describe_acceptance, describe_serving, list_costs
 from job.report.numbers import as_number, format_perplexity
 from job.report.series import read_series
 from job.report.verdict import judge_learning
+from job.serving import format_verdicts
 
 _LABEL_WIDTH = 12
 _BARS = "▁▂▃▄▅▆▇█"
@@ -68,7 +69,8 @@ def _sections(record: RunRecord, width: int) -> Iterator[tuple[str, list[str]]]:
         yield "Held out", list(wrap(text, width))
     yield "Cost", [line for cost in list_costs(record) for line in wrap(f"{cost.name}: {cost.value}", width)]
     yield from _samples(record, width)
-    yield "Serve", [*wrap(describe_serving(record), width), *wrap(describe_acceptance(record), width)]
+    texts = format_verdicts(record.engines).splitlines() if record.engines else [describe_serving(record)]
+    yield "Serve", [line for text in [*texts, describe_acceptance(record)] for line in wrap(text, width)]
     if record.serve_command is not None:
         yield "", record.serve_command.splitlines()
     yield "Report", [f"{record.output.rstrip('/')}/report.html"]

@@ -1,16 +1,15 @@
 """One small interface over the places where files live: `s3://` (s3.py), `hf://` (hub.py) and paths (local.py).
 
-A `Store` is opened on one URI. Reading: `find` lists what the URI names, `fetch` brings one file here, verified, and
-writes it under a temporary name before renaming it. Writing: the URI is a folder (a "slot"), into which `put` places
-one file at a time. boto3 is imported in s3*.py only, huggingface_hub in hub.py only, and only when a URI
-needs them.
+A place is opened at one URI. Reading (`ReadableStore`): `find` lists what the URI names, `fetch` brings the files here,
+verified. Writing: the URI is a folder (a "slot"), into which a `Store` puts one file at a time, and a `CommitSlot` all
+at once. boto3 is imported in s3*.py only, huggingface_hub in hub*.py only, and only when a URI needs them.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from job.errors import ConfigError
 
@@ -31,8 +30,8 @@ class StoredFile:
 Progress = Callable[[int], None]
 
 
-class Store(Protocol):
-    """A place opened at one URI. Errors are `JobError`s that name the URI and the remedy."""
+class ReadableStore(Protocol):
+    """A place opened at one URI, to read. Errors are `JobError`s that name the URI and the remedy."""
 
     uri: str
 
@@ -59,12 +58,21 @@ class Store(Protocol):
         """
         ...
 
-    def put(self, source: Path, path: str) -> None:
-        """Place a local file at `path` in the slot, whole or not at all."""
-        ...
-
     def read(self, path: str) -> bytes | None:
         """Return a small file of the slot, or None where there is none."""
+        ...
+
+
+class Store(ReadableStore, Protocol):
+    """A place opened at one URI, to read and to write one file at a time."""
+
+    @property
+    def takes_commits(self) -> Literal[False]:
+        """Say that it is no CommitSlot."""
+        ...
+
+    def put(self, source: Path, path: str) -> None:
+        """Place a local file at `path` in the slot, whole or not at all."""
         ...
 
     def delete(self, path: str) -> None:
@@ -92,24 +100,98 @@ class Store(Protocol):
         ...
 
 
-def open_store(uri: str, *, setting: str) -> Store:
-    """Open the place that a URI names; `setting` is the variable that it came from, for messages.
+@dataclass(frozen=True)
+class Head:
+    """What a CommitSlot held at a moment: the revision that was looked at, its commit (None: it isn't there yet), and
+    the names of the files. A fresh one holds nothing but what another branch holds, too."""
+
+    revision: str
+    commit: str | None
+    names: frozenset[str]
+    is_fresh: bool = False
+
+
+class CommitSlot(Protocol):
+    """A slot into which all files go at once, by one commit on top of what was there: another writer is noticed."""
+
+    uri: str
+
+    @property
+    def takes_commits(self) -> Literal[True]:
+        """Say that it is no Store."""
+        ...
+
+    def check_writable(self) -> None:
+        """Prove that a run may be published here, without leaving anything; raises what `commit` would raise."""
+        ...
+
+    def read(self, path: str) -> bytes | None:
+        """Return a small file of the slot, or None where there is none."""
+        ...
+
+    def make_room(self) -> None:
+        """Create what the commit is to go to, where it isn't there."""
+        ...
+
+    def look(self) -> Head:
+        """Return what is to be replaced."""
+        ...
+
+    def read_at(self, head: Head, path: str) -> bytes | None:
+        """Return a small file as it was when `look` looked, or None where there was none."""
+        ...
+
+    def commit(self, head: Head, folder: Path, names: Sequence[str], stale: Sequence[str], message: str) -> Head:
+        """Add files of a folder, and delete the stale ones, on top of what `look` saw; return what is there then.
+
+        Raises UnavailableError when somebody else has committed meanwhile, and where it isn't known whether the commit
+        was made: `look` tells.
+        """
+        ...
+
+    def withdraw(self, head: Head, names: Sequence[str], message: str) -> None:
+        """Delete files of what `commit` returned."""
+        ...
+
+    def find_damaged(self, head: Head, sha256_by_name: Mapping[str, str], scratch: Path) -> list[str]:
+        """Read the files of a commit back, and return the names of those that are missing or differ."""
+        ...
+
+
+Slot = Store | CommitSlot
+
+
+def open_store(uri: str, *, setting: str) -> ReadableStore:
+    """Open the place that a URI names, to read; `setting` is the variable that it came from, for messages.
 
     Raises ConfigError for a scheme that nothing serves.
+    """
+    if uri.startswith("hf://"):
+        from job.storage.hub import HubStore
+
+        return HubStore(uri, setting=setting)
+    return open_folder(uri, setting=setting)
+
+
+def open_folder(uri: str, *, setting: str) -> Store:
+    """Open the place that a URI names, to read and to write one file at a time.
+
+    Raises ConfigError for a scheme that nothing serves so.
     """
     scheme = uri.split("://", 1)[0] if "://" in uri else ""
     if scheme == "s3":
         from job.storage.s3 import S3Store
 
         return S3Store(uri, setting=setting)
-    if scheme == "hf":
-        from job.storage.hub import HubStore
-
-        return HubStore(uri, setting=setting)
     if scheme == "":
         from job.storage.local import LocalStore
 
         return LocalStore(uri, setting=setting)
+    if scheme == "hf":
+        raise ConfigError(
+            f"{setting}={uri}: the Hub takes whole commits only, of adapters that are done",
+            hint="use s3://bucket/key, or a path",
+        )
     raise ConfigError(
         f"{setting}={uri}: no store is known for {scheme}://",
         hint="use s3://bucket/key, hf://datasets/org/name, or a path",

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from job.errors import ConfigError, DeniedError, NotFoundError, UnavailableError
 from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
@@ -24,6 +24,8 @@ from job.storage.paths import (
 
 class LocalStore:
     """A path; `~` is the job's user's home, and hidden files are left out unless the path or glob names them."""
+
+    takes_commits: Literal[False] = False
 
     def __init__(self, uri: str, *, setting: str) -> None:
         if not uri:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto
@@ -35,6 +35,8 @@ _UPLOAD = TransferConfig(multipart_threshold=SEGMENT_BYTES, multipart_chunksize=
 
 class S3Store:
     """`s3://bucket/key`, `s3://bucket/prefix/`, or a glob; as a slot, the folder `prefix/`."""
+
+    takes_commits: Literal[False] = False
 
     def __init__(self, uri: str, *, setting: str) -> None:
         bucket, _, self.key = uri.removeprefix("s3://").partition("/")

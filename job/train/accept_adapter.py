@@ -22,7 +22,7 @@ from job.accept import (
     find_tolerance,
     find_wrong_config,
 )
-from job.errors import InternalError
+from job.errors import DataError
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.out_of_memory import describe_shortage
@@ -59,19 +59,19 @@ def load_base_as_users_do(task: AcceptanceTask) -> PreTrainedModel:
 def accept_adapter(base: PreTrainedModel, folder: Path, task: AcceptanceTask) -> Acceptance:
     """Put the adapter in a folder onto the base model, and compare its loss with the trained model's on every row.
 
-    Raises InternalError when it is another adapter, or none that can be loaded.
+    Raises DataError when it is another adapter, or none that can be loaded.
     """
     plan = task.plan
-    wrong = find_wrong_config(json.loads((folder / ADAPTER_CONFIG).read_bytes()), plan)
+    wrong = find_wrong_config(json.loads((folder / ADAPTER_CONFIG).read_bytes()), plan.model_dump())
     if wrong is not None:
-        raise InternalError(f"the adapter that was read back isn't what was trained: {wrong}")
+        raise DataError(f"the adapter that was read back isn't what was trained: {wrong}")
     if plan.new_tokens:
         _make_room(base, folder, task)
     model = _load_adapter(base, folder)
     tolerance = find_tolerance(plan.dtype, plan.quantization)
     if not task.rows:
         _check_gives_numbers(model, plan)
-        return Acceptance(skipped="the trained model's loss is not known")
+        return Acceptance()
     with model.disable_adapter():
         of_base = [_sum_loss(model, row, plan) for row in task.rows]
     losses = [_sum_loss(model, row, plan) for row in task.rows]
@@ -82,7 +82,7 @@ def accept_adapter(base: PreTrainedModel, folder: Path, task: AcceptanceTask) ->
     )
     off = _measure_difference(losses, trained)
     if not off <= tolerance:
-        raise InternalError(
+        raise DataError(
             f"the adapter that was read back isn't what was trained: its loss on {len(losses)} rows is "
             f"{accepted.loss:.4f}, and the trained model's was {accepted.loss_trained:.4f}; the rows' losses differ by "
             f"{off:.2%}, and rounding explains {tolerance:.2%}"
@@ -102,7 +102,7 @@ def _make_room(base: PreTrainedModel, folder: Path, task: AcceptanceTask) -> Non
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = dict(zip(task.new_token_ids, tokenizer.convert_tokens_to_ids(list(task.new_token_ids)), strict=True))
     if ids != task.new_token_ids:
-        raise InternalError(
+        raise DataError(
             f"the tokenizer that was read back isn't the one that was trained with: its new tokens are {ids}, and were "
             f"{task.new_token_ids}"
         )
@@ -119,11 +119,11 @@ def _load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         if describe_shortage(error) is not None:
             raise
         reason = " ".join(str(error).split())[:500]
-        raise InternalError(f"the adapter that was read back can't be loaded onto its base model: {reason}") from error
+        raise DataError(f"the adapter that was read back can't be loaded onto its base model: {reason}") from error
     # PEFT leaves what it has no place for aside, and what it lacks at its initial values, with a warning at most.
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if odd := sorted(found ^ expected):
-        raise InternalError(
+        raise DataError(
             f"the adapter that was read back isn't what was trained: {odd[0]} {'and others are' if odd[1:] else 'is'} "
             f"{'missing' if odd[0] in expected else 'of no use'}"
         )
@@ -149,7 +149,7 @@ def _read_logits(model: nn.Module, ids: torch.Tensor, plan: TrainPlan) -> torch.
 def _check_gives_numbers(model: nn.Module, plan: TrainPlan) -> None:
     ids = torch.arange(_PROBE_TOKENS, device=plan.device)[None]
     if not torch.isfinite(_read_logits(model, ids, plan)).all():
-        raise InternalError("the adapter makes the base model's logits NaN or infinite")
+        raise DataError("the adapter makes the base model's logits NaN or infinite")
 
 
 def _measure_difference(losses: list[float], expected: list[float]) -> float:

@@ -98,7 +98,7 @@ def test_a_base_model_whose_weights_are_quantised_in_another_way_is_refused(tiny
 @pytest.fixture(scope="module")
 def hub_run(hub: HubStandIn, tiny_model: Path) -> tuple[dict[str, str], dict[str, str]]:
     """The tiny model and the shop's rows on the stand-in: settings that name them, and their commits."""
-    hub.fail_next = hub.flip_next = hub.cut_next = 0
+    hub.reset()
     model = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
     commits = {
         "model": hub.add("models", "camellia/tiny-llama", model | {".gitattributes": b"*.safetensors filter=lfs\n"}),

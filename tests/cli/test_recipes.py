@@ -2,6 +2,7 @@
 published. A test replaces model, data and output of its recipe, and shortens it where it says so; all else is as it is.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from bare_model import save_bare_model
+from hub_stand_in import OWNER, HubStandIn
 from job_cli import ROOT, job_environment, run_job
 
 from job.settings import load_settings
@@ -451,3 +453,50 @@ def test_merge(tiny_model: Path, tmp_path: Path) -> None:
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4)
         with adapted.disable_adapter():
             assert not torch.allclose(adapted(ids).logits, expected, atol=0.05)
+
+
+# -- hub ---------------------------------------------------------------------------------------------------------------
+
+
+def test_hub(hub: HubStandIn, tiny_model: Path, tmp_path: Path) -> None:
+    hub.reset()
+    environment = make_environment(
+        "hub",
+        tmp_path,
+        tiny_model,
+        SAMPLES / "qa-small.jsonl",
+        OUTPUT__URI=read_recipe(ROOT / "tests" / "recipes" / "hub.env")["SFT_OUTPUT__URI"],
+        CHECKPOINT__URI=tmp_path / "checkpoints",
+        TRAIN__MAX_STEPS=5,
+    )
+    environment |= hub.environment(tmp_path / "hf") | {"HF_TOKEN": "hf_secretsecretsecret"}
+    hub.who = OWNER | {"orgs": [{"name": "my-org", "roleInOrg": "contributor"}]}
+    ended = run_job(environment)
+    assert ended.code == 0, ended.output
+    assert environment["HF_TOKEN"] not in ended.output + json.dumps(ended.outcome)
+    run_id = ended.outcome["run_id"]
+    assert hub.repository("my-org/qa-adapter").is_private
+    [published, first] = hub.head("my-org/qa-adapter").history()
+    assert published.title.startswith(f"Run {run_id} of sft-job: LoRA adapter of ")
+    assert list(first.files) == [".gitattributes"]
+
+    from huggingface_hub import snapshot_download
+
+    slot = tmp_path / "downloaded"
+    snapshot_download("my-org/qa-adapter", endpoint=hub.endpoint, token=environment["HF_TOKEN"], local_dir=slot)
+    run = Published(slot, tmp_path, ended.output)
+    assert "\nlicense: apache-2.0\n" in (slot / "README.md").read_text()
+    listed = {file["path"]: file["sha256"] for file in json.loads((slot / "manifest.json").read_text())["files"]}
+    assert listed == {
+        name: hashlib.sha256(blob.content).hexdigest()
+        for name, blob in published.files.items()
+        if name not in ("manifest.json", ".gitattributes")
+    }
+    load_as_the_card_says(run)
+    # Nothing of the run is left but what was published: no lease, no checkpoints.
+    assert [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()] == []
+
+    ended = run_job(environment)
+    assert (ended.code, ended.outcome["run_id"]) == (0, run_id), ended.output
+    assert "is already published" in ended.outcome["message"]
+    assert hub.head("my-org/qa-adapter") is published

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from job.accept import ROWS, Acceptance, AcceptanceTask, find_tolerance, find_wrong_config, name_base_model
 from job.accept_process import fresh_process
-from job.errors import InternalError
+from job.errors import DataError, RefusedError
 from job.handover import NewTokenInput, RunFolder
 from job.plan import TrainPlan
 from job.train.accept_adapter import accept_adapter, load_base_as_users_do
@@ -172,14 +172,14 @@ def test_damage_shows(plan: PlanFor, trained: tuple[Path, Path], tmp_path: Path,
     adapter = shutil.copytree(root / "adapter", tmp_path / "adapter")
     act, message = DAMAGE[damage]
     act(adapter)
-    with pytest.raises(InternalError, match=message):
+    with pytest.raises(DataError, match=message):
         load_here(task, adapter)
 
 
 def test_another_revision_of_the_base_model_shows(plan: PlanFor, tmp_path: Path) -> None:
     task = train_and_describe(plan(), save_llama(tmp_path / "base", tied=True), tmp_path / "run")
     other = save_llama(tmp_path / "other", tied=False)
-    with pytest.raises(InternalError, match="its loss on 8 rows is"):
+    with pytest.raises(DataError, match="its loss on 8 rows is"):
         load_here(task.model_copy(update={"model_folder": other}), tmp_path / "run" / "adapter")
 
 
@@ -196,7 +196,7 @@ def test_new_tokens_have_their_own_ids_and_rows(plan: PlanFor, tiny_model: Path,
     good = (adapter / WEIGHTS).read_bytes()
     rows = next(name for name in load_file(adapter / WEIGHTS) if "token_adapter" in name)
     edit(adapter, lambda weights: weights.update({rows: weights[rows].flip(0).contiguous()}))
-    with pytest.raises(InternalError, match="its loss on 8 rows is"):
+    with pytest.raises(DataError, match="its loss on 8 rows is"):
         load_here(task, adapter)
 
     (adapter / WEIGHTS).write_bytes(good)
@@ -204,7 +204,7 @@ def test_new_tokens_have_their_own_ids_and_rows(plan: PlanFor, tiny_model: Path,
     (adapter / "tokenizer.json").write_text(
         text.replace("<|new|>", "<|?|>").replace("<|other|>", "<|new|>").replace("<|?|>", "<|other|>")
     )
-    with pytest.raises(InternalError, match=rf"its new tokens are \{{'<\|new\|>': {known + 1}, .* and were"):
+    with pytest.raises(DataError, match=rf"its new tokens are \{{'<\|new\|>': {known + 1}, .* and were"):
         load_here(task, adapter)
 
 
@@ -221,11 +221,8 @@ def test_an_adapter_too_weak_to_be_seen_is_warned_of(
 def test_in_a_process_of_its_own(plan: PlanFor, tmp_path: Path) -> None:
     task = train_and_describe(plan(), save_llama(tmp_path / "base", tied=True), tmp_path / "run")
     folder, adapter = RunFolder(tmp_path / "run"), tmp_path / "run" / "adapter"
-    with fresh_process(task, folder) as process:
-        accepted = process.accept(adapter, limit_s=100)
-    assert (accepted.rows, accepted.skipped) == (8, None)
     edit(adapter, partial(zero, "lora_B"))
-    with fresh_process(task, folder) as process, pytest.raises(InternalError, match="isn't what was trained"):
+    with fresh_process(task, folder) as process, pytest.raises(RefusedError, match="isn't what was trained"):
         process.accept(adapter, limit_s=100)
     with fresh_process(task, folder) as process:
         assert process.accept(adapter, limit_s=0.1).skipped == "it took longer than 0.00166667 minutes"
@@ -251,5 +248,8 @@ def test_the_base_model_is_named_for_those_who_load_it(
 ) -> None:
     assert name_base_model(model_id, revision) == name
     the_plan = plan().model_copy(update={"model_id": model_id, "model_revision": revision})
-    config = {"r": 16, "lora_alpha": 32, "use_rslora": False, "use_dora": False}
-    assert find_wrong_config({"base_model_name_or_path": name[0], "revision": name[1], **config}, the_plan) is None
+    config: dict[str, Any] = {"r": 16, "lora_alpha": 32, "use_rslora": False, "use_dora": False}
+    assert (
+        find_wrong_config({"base_model_name_or_path": name[0], "revision": name[1], **config}, the_plan.model_dump())
+        is None
+    )

@@ -13,6 +13,7 @@ import pytest
 
 import job.patience
 from job.errors import ConfigError, InternalError, UnavailableError
+from job.settings_groups import OutputSettings
 from job.slot import check_slot, is_already_published, open_slot, read_published
 from job.storage import Progress, StoredFile
 from job.storage.local import LocalStore
@@ -134,7 +135,7 @@ def publish(
     publish_files(
         store,
         folder,
-        [name for name in names if name not in LATER],
+        names,
         complete,
         run_id=manifest["run_id"],
         later=LATER,
@@ -230,7 +231,7 @@ def test_a_foreign_manifest_is_never_overwritten(tmp_path: Path, slot: Path, con
     before = (slot / "manifest.json").read_bytes()
     manifest = make_run(tmp_path / "run", "one", {"a.json": "{}"})
     for act in (
-        lambda: check_slot(str(slot)),
+        lambda: check_slot(OutputSettings(uri=str(slot))),
         lambda: is_already_published(WatchedStore(slot), "one", overwrite=True, merge=False),
         lambda: publish(WatchedStore(slot), tmp_path / "run", manifest, overwrite=True),
     ):
@@ -252,8 +253,8 @@ def test_the_same_run_another_run_and_none(tmp_path: Path, slot: Path) -> None:
 
 
 def test_the_run_id_is_filled_in_and_the_probe_leaves_nothing(tmp_path: Path) -> None:
-    assert open_slot(f"{tmp_path}/{{run_id}}/x", "abc").uri == f"{tmp_path}/abc/x"
-    check_slot(f"{tmp_path}/out/{{run_id}}")
+    assert open_slot(OutputSettings(uri=f"{tmp_path}/{{run_id}}/x"), "abc").uri == f"{tmp_path}/abc/x"
+    check_slot(OutputSettings(uri=f"{tmp_path}/out/{{run_id}}"))
     assert list(tmp_path.iterdir()) == []
 
 

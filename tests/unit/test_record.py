@@ -33,10 +33,10 @@ def test_a_manifest_has_the_proofs_and_the_doubts(record_for: RecordFor) -> None
     assert manifest["evaluation"]["change_high"] == -1.52
     assert manifest["acceptance"]["loss"] == 1.3391
     assert manifest["serving"]["engines"][0] == {"engine": "vLLM", "takes": True, "reason": ""}
-    assert manifest["serving"]["command"].startswith("vllm serve")
+    assert manifest["serving"]["vllm"].startswith("vllm serve")
     assert manifest["warnings"] == ["3 rows repeat another"]
     nothing = {"evaluation": None, "acceptance": None, "engines": [], "serve_command": None, "warnings": []}
     bare = make_manifest(record_for(changes=nothing), [])
     assert bare["evaluation"] is bare["acceptance"] is None
-    assert bare["serving"] == {"engines": [], "command": None}
+    assert bare["serving"] == {"engines": [], "vllm": None}
     assert bare.keys() == manifest.keys()

@@ -139,6 +139,9 @@ def test_an_at_sign_alone_is_no_credential(load: Load) -> None:
     assert load(DATA__URI="s3://bucket/a@b:c.jsonl").data.uri[0].uri == "s3://bucket/a@b:c.jsonl"
 
 
+_NO_REPOSITORY = "on the Hub, an output is a model's whole repository; use hf://org/name or hf://org/name@branch"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -158,7 +161,12 @@ def test_an_at_sign_alone_is_no_credential(load: Load) -> None:
         ("MODEL__DTYPE", "bf16", "must be auto, float32, bfloat16 or float16"),
         ("OUTPUT__OVERWRITE", "perhaps", "must be true or false"),
         ("DATA__URI", "gs://b/k", "no store is known for gs://; use s3://bucket/key, hf://datasets/org/name or a path"),
-        ("OUTPUT__URI", "hf://a/b", "publishing to the Hub is not served yet; use s3://bucket/prefix or a path"),
+        ("OUTPUT__URI", "hf://datasets/a/b", _NO_REPOSITORY),
+        ("OUTPUT__URI", "hf://datasets/a", _NO_REPOSITORY),
+        ("OUTPUT__URI", "hf://a/b/c", _NO_REPOSITORY),
+        ("OUTPUT__URI", "hf://a", _NO_REPOSITORY),
+        ("OUTPUT__LICENSE", "my own", "must be the identifier of a license, such as apache-2.0 or other"),
+        ("CHECKPOINT__URI", "hf://a/b", "the Hub has no place for checkpoints; use s3://bucket/prefix or a path"),
         ("OUTPUT__URI", "/o/*", "an output is one place; it can't hold wildcards"),
     ],
 )
@@ -241,3 +249,16 @@ def test_the_schema_is_json_and_forbids_unknown_names() -> None:
     schema = json.loads(json.dumps(Settings.model_json_schema()))
     assert all(group["additionalProperties"] is False for group in schema["$defs"].values())
     assert set(schema["required"]) == {"model", "data", "output"}
+
+
+@pytest.mark.parametrize(
+    "uri", ["hf://a/b", "hf://a/b-{run_id}", "hf://a/b@v2", "hf://a/b@{run_id}", "hf://a/b@refs/pr/3"]
+)
+def test_an_output_on_the_hub(load: Load, uri: str) -> None:
+    assert load(OUTPUT__URI=uri).output.uri == uri
+
+
+def test_a_pull_request_is_one_on_the_hub_into_main(load: Load) -> None:
+    assert load(OUTPUT__URI="hf://a/b", OUTPUT__PULL_REQUEST="true").output.pull_request
+    assert "leave it out" in problems(load, OUTPUT__PULL_REQUEST="true")
+    assert "leave the revision out" in problems(load, OUTPUT__URI="hf://a/b@v2", OUTPUT__PULL_REQUEST="true")
