@@ -76,6 +76,9 @@ def test_it_goes_on_to_the_bit(
     for name in ("steps", "tokens", "train_loss", "eval_loss", "eval_loss_base"):
         assert resumed[name] == whole[name], name
     assert resumed["train_seconds"] > 0
+    evaluations = [(tmp_path / run / "evaluation.json").read_text() for run in ("whole", "resumed")]
+    assert evaluations[0] == evaluations[1]  # the base model's rows are those from before the first step
+    assert len(json.loads(evaluations[0])["rows"]) == 8
     records = [[{**record, "elapsed_s": 0} for record in read_metrics(tmp_path / run)] for run in ("whole", "resumed")]
     assert records[0] == records[1]
     assert whole["train_loss"] == pytest.approx(sum(record["loss"] for record in records[0]) / STEPS)
