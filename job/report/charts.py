@@ -60,11 +60,14 @@ def draw_rows(record: RunRecord) -> Chart | None:
 
 
 def draw_speed(record: RunRecord) -> list[Chart]:
-    """Return throughput and memory over the steps, those of them that metrics.jsonl has."""
+    """Return speed, time and memory over the steps, those of them that metrics.jsonl has."""
     charts = []
     speeds = read_series(record.steps, "tokens_per_second") or derive_speed(record.steps)
     if speeds:
         charts.append(_draw_from_zero("Tokens a second", speeds))
+    times, waits = read_series(record.steps, "step_s"), read_series(record.steps, "data_wait_s")
+    if times:
+        charts.append(_draw_times(times, waits))
     memory = read_series(record.steps, "gpu_memory_bytes") or read_series(record.steps, "memory_bytes")
     if memory:
         used = [(step, size / _GIB) for step, size in memory]
@@ -138,6 +141,18 @@ def _draw_from_zero(title: str, points: Sequence[Point], limit: tuple[float, str
         label_steps(axes)
 
     return Chart(title, draw_svg(title, paint), [] if limit is None else [("muted", limit[1])])
+
+
+def _draw_times(times: Sequence[Point], waits: Sequence[Point]) -> Chart:
+    def paint(axes: "Axes") -> None:
+        _plot(axes, times, is_noisy=True)
+        if waits:
+            axes.plot(*zip(*thin(waits), strict=True), color=SECOND)
+        axes.set_ylim(bottom=0)
+        label_steps(axes)
+
+    keys = [("first", "in all")] + ([("second", "waiting for rows")] if waits else [])
+    return Chart("Seconds a step", draw_svg("Seconds a step", paint), keys)
 
 
 def _draw_rates(rates: Sequence[Point]) -> Chart:

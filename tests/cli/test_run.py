@@ -94,7 +94,11 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     evaluation = json.loads(s3_client.get_object(Bucket=bucket, Key=prefix + "evaluation.json")["Body"].read())
     check_evaluation(evaluation, manifest["metrics"])
     assert "held-out loss: " in first.output
-    everything = first.output + json.dumps(manifest)
+    report = s3_client.get_object(Bucket=bucket, Key=prefix + "report.html")["Body"].read().decode()
+    assert f"{manifest['metrics']['eval_loss']:.3f}</span>" in report
+    assert manifest["files"][0]["sha256"] in report
+    assert f"Report      {slot}/report.html" in first.output
+    everything = first.output + json.dumps(manifest) + report
     assert seaweed.secret_key not in everything
     assert seaweed.access_key not in everything
 
@@ -104,6 +108,13 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     assert "== training" not in second.output
     again = s3_client.get_object(Bucket=bucket, Key=prefix + "manifest.json")["Body"].read()
     assert json.loads(again) == manifest
+
+    compared = run_job(environment, "compare", slot, slot)
+    assert compared.code == 0, compared.output
+    assert "differ" not in compared.output
+    assert f"{manifest['metrics']['eval_loss']:.4f}" in compared.output
+    assert run_job(environment, "compare", slot, f"{slot}-other").code == 66
+    assert run_job(environment, "compare", slot).code == 78
 
 
 def test_a_real_model_learns_and_its_adapter_loads_from_the_bucket(
@@ -214,4 +225,11 @@ def test_two_processes_learn_what_one_learns(tiny_model: Path, tmp_path: Path) -
         losses[processes] = [*read_losses(folder / "slot"), manifest["metrics"]["eval_loss"]]
     assert len(losses[1]) == 13
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    compared = run_job(job_environment(tmp_path), "compare", *(str(tmp_path / name / "slot") for name in ("1", "2")))
+    differing = compared.output.split("Settings that differ\n")[1].split("Results")[0]
+    assert [line.split() for line in differing.splitlines() if "threads_per_process" not in line] == [
+        ["SFT_PARALLEL__PROCESSES", "1", "2"],
+        ["Plan", "that", "differs"],
+        ["micro_batch_size", "8", "4"],
+    ]
     assert losses[1][-1] < losses[1][0] - 0.1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job.compare import compare
-from job.errors import ConfigError, NotFoundError
+from job.errors import NotFoundError
 from job.evaluation import Evaluation
 from job.record import RunRecord, make_manifest
 
@@ -108,10 +108,10 @@ def test_other_data_packages_and_rows_are_told_apart(
     assert "Samples" not in output
 
 
-def test_a_place_without_a_run_is_named(publish: Callable[..., str], tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match=r"empty: no run is published there, for there is no manifest\.json"):
-        compare([publish("a", {}), str(tmp_path / "empty")])
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "manifest.json").write_text("[]")
-    with pytest.raises(ConfigError, match="was not written by this job"):
-        compare([str(tmp_path / "foreign"), publish("b", {})])
+@pytest.mark.parametrize("content", [None, "[]", "{", '{"run_id": "a"}'])
+def test_a_place_without_a_run_is_named(publish: Callable[..., str], tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "manifest.json").write_text(content)
+    with pytest.raises(NotFoundError, match=r"other: no run is published there, for there is no manifest\.json"):
+        compare([publish("a", {}), str(tmp_path / "other")])

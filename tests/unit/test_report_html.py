@@ -87,7 +87,8 @@ def test_the_first_screen_answers_four_questions(record_for: RecordFor) -> None:
 
 
 def test_all_that_is_known_is_on_the_page(record_for: RecordFor) -> None:
-    record = record_for(changes={"steps": [step | {"memory_bytes": 2**30} for step in record_for().steps]})
+    more = {"memory_bytes": 2**30, "step_s": 9.1, "data_wait_s": 0.01}
+    record = record_for(changes={"steps": [step | more for step in record_for().steps]})
     html = format_report(record)
     text = assert_stands_alone(html).text
     charts = re.findall(r'<svg [^>]*aria-label="([^"]*)"', html)
@@ -97,6 +98,7 @@ def test_all_that_is_known_is_on_the_page(record_for: RecordFor) -> None:
         "Gradient norm",
         "Loss of each held-out row",
         "Tokens a second",
+        "Seconds a step",
         "Memory of a process, GiB",
         "Rows by length in tokens",
     ]
@@ -176,7 +178,7 @@ ODD = st.one_of(
     st.floats(),
     st.integers(),
 )
-CURVES = ("loss", "grad_norm", "learning_rate", "eval_loss", "tokens_per_second", "memory_bytes", "gpu_memory_bytes")
+CURVES = ("loss", "grad_norm", "learning_rate", "eval_loss", "tokens_per_second", "memory_bytes", "step_s")
 LINE = st.dictionaries(st.sampled_from(["step", "tokens", "elapsed_s", *CURVES]), ODD)
 NUMBER = st.floats()
 

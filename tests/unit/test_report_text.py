@@ -37,7 +37,7 @@ def test_it_answers_what_the_page_answers(record_for: RecordFor) -> None:
         "  before    I am not sure.",
         "  after     您好 這裡是山茶小舖",
         "Serve       taken by vLLM",
-        "              not by TGI: no DoRA",
+        "            not by TGI: no DoRA",
         "            vllm serve org/model --enable-lora",
         "Report      s3://bucket/adapters/0123456789abcdef/report.html",
     ):
