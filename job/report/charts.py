@@ -108,7 +108,8 @@ def _draw_loss(losses: Sequence[Point], held_out: Sequence[Point]) -> Chart:
         if losses:
             _plot(axes, losses, is_noisy=True)
         if held_out:
-            axes.plot(*zip(*thin(held_out), strict=True), "o-", color=SECOND, markersize=5)
+            style = "o-" if len(held_out) > 2 else "o:"  # how it went between before and after isn't known
+            axes.plot(*zip(*thin(held_out), strict=True), style, color=SECOND, markersize=5)
         label_steps(axes)
 
     keys = [("first", "training")] if losses else []

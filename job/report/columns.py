@@ -36,11 +36,11 @@ def cut(text: str, width: int) -> str:
         return text
     if width < 4:
         return ""
-    tail = _take(text[::-1], (width - 3) // 3)[::-1]
-    return f"{_take(text, width - 3 - count_columns(tail))}...{tail}"
+    tail = take(text[::-1], (width - 3) // 3)[::-1]
+    return f"{take(text, width - 3 - count_columns(tail))}...{tail}"
 
 
-def _take(text: str, width: int) -> str:
+def take(text: str, width: int) -> str:
     """Return as much of a text's start as fits into so many columns."""
     used = 0
     for index, character in enumerate(text):

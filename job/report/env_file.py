@@ -12,6 +12,9 @@ from job.settings_problems import DELIMITER, PREFIX
 SHELL_LOADER = 'while IFS= read -r line; do case $line in SFT_*) export "$line";; esac; done < run.env'
 
 
+_LISTS_OF_TEXTS = {"prompts"}
+
+
 def make_env_lines(record: RunRecord) -> list[str]:
     """Return the variables that give a run's settings again; a Hub model is pinned to the commit that it had.
 
@@ -49,7 +52,8 @@ def list_credentials(record: RunRecord) -> list[str]:
 def _write_group(variable: str, given: dict[str, Any]) -> Iterator[str]:
     several_lines = {}
     for field, value in given.items():
-        text = _write(value)
+        is_texts = field in _LISTS_OF_TEXTS and isinstance(value, list)
+        text = json.dumps(value, ensure_ascii=False) if is_texts else _write(value)
         if text.splitlines() == [text]:
             yield f"{variable}{DELIMITER}{field.upper()}={text}"
         elif text:
@@ -62,7 +66,7 @@ def _write(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""  # an empty variable is as good as none
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return ",".join(value)  # names of modules
+        return ",".join(value)  # names, none of which has a comma
     if isinstance(value, list) and len(value) == 1 and value[0].keys() == {"uri"}:
         return str(value[0]["uri"])  # the one source
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ from typing import Any
 from job.evaluation import Sample
 from job.log import Terminal
 from job.record import RunRecord
-from job.report.columns import count_columns, cut, make_visible, wrap
+from job.report.columns import count_columns, make_visible, take, wrap
 from job.report.facts import describe_acceptance, describe_serving, list_costs
 from job.report.numbers import as_number, format_perplexity
 from job.report.series import read_series
@@ -90,17 +90,21 @@ def question_of(sample: Sample) -> str:
 
 
 def shorten(text: str, width: int) -> list[str]:
-    """Return as much of a text as three lines hold, broken anywhere, for CJK text has no blanks."""
-    whole = " ".join(make_visible(text).split())
-    return [*_break(cut(whole, _SAMPLE_LINES * width - 2), width)] or ["(nothing)"]
+    """Return as much of a text as three lines hold, broken between words where there are blanks."""
+    lines = list(_break(" ".join(make_visible(text).split()), width)) or ["(nothing)"]
+    if len(lines) > _SAMPLE_LINES:
+        lines = lines[:_SAMPLE_LINES]
+        lines[-1] = f"{take(lines[-1], width - 3)}..."
+    return lines
 
 
 def _break(text: str, width: int) -> Iterator[str]:
-    line = ""
-    for character in text:
-        if count_columns(line) + count_columns(character) > width:
-            yield line
-            line = ""
-        line += character
-    if line:
+    """Break a text into lines: at the last blank that fits, or anywhere, for CJK text has no blanks."""
+    while count_columns(text) > width:
+        line = take(text, width + 1)  # a blank behind the line counts, too
+        stop = line.rfind(" ")
+        line = line[:stop] if stop > 0 else take(text, width)
         yield line
+        text = text[len(line) :].lstrip()
+    if text:
+        yield text

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from test_manifest import CHANGES, KEEPS
 
 from job.record import RunRecord
 from job.report.env_file import SHELL_LOADER, list_credentials, make_env_lines
@@ -24,18 +25,21 @@ AWKWARD: dict[str, object] = {
     "TRAIN__WARMUP": "5",
     "QUANTIZATION": "nf4",
     "RUNTIME__WORK_DIR": "/some where/$x",
+    "EVAL__PROMPTS": '["Is it free, and why?", [{"role": "user", "content": "幾點\\n開門"}]]',
     "OUTPUT__URI": "s3://bucket/{run_id}",
 }
+# one of each setting that there is
+SINGLE = [{name: value} for name, value in (CHANGES | KEEPS).items()]
 
 
 def read_by_docker(lines: list[str]) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-@pytest.mark.parametrize("variables", [{}, AWKWARD])
+@pytest.mark.parametrize("variables", [{}, AWKWARD, {"EVAL__PROMPTS": "s3://b/prompts.jsonl"}, *SINGLE], ids=str)
 def test_docker_reads_the_same_settings(record_for: RecordFor, load: Load, variables: dict[str, Any]) -> None:
-    record = record_for(**variables)
     expected = load(**variables)
+    record = record_for(changes={"given": expected.model_dump(mode="json", exclude_unset=True)})
     lines = make_env_lines(record)
     assert all("\n" not in line for line in lines)
     names = {name.removeprefix("SFT_"): value for name, value in read_by_docker(lines).items()}
