@@ -172,9 +172,9 @@ def _is_prompt(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+_WRONG_PROMPT_FILE: list[JsonDict] = [*_WRONG_URI, {"pattern": r"^\s*\["}, {"pattern": r"\s$"}]
 _PromptFile = Annotated[
-    Uri,
-    Field(json_schema_extra={"pattern": r"\.(jsonl|txt)$", "not": {"anyOf": [*_WRONG_URI, {"pattern": r"^\s*\["}]}}),
+    Uri, Field(json_schema_extra={"pattern": r"\.(jsonl|txt)$", "not": {"anyOf": [*_WRONG_PROMPT_FILE]}})
 ]
 _Prompt = Annotated[str, Field(pattern=r"\S")] | Annotated[list[Message], Field(min_length=1)]
 _PromptsInput = _PromptFile | Annotated[list[_Prompt], Field(min_length=1)]
