@@ -5,6 +5,7 @@ stop to no more of them, and what is missing is said.
 """
 
 import gc
+import json
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -58,16 +59,16 @@ class FinalEvaluation:
 
     def compare(
         self, base: np.ndarray, rows: TokenRows, names: list[str], evaluate: Callable[[int], np.ndarray]
-    ) -> LossChange | None:
+    ) -> None:
         """Compare the losses of the base model (N, 2) with those of the adapter, which `evaluate` returns, given how
-        many rows each process takes at a time; it calls `beat` after each. Return what changed, if it is known.
+        many rows each process takes at a time; it calls `beat` after each. The result gets the figures, too.
 
         Raises DivergedError when the adapter's loss is no number.
         """
         sizes = dict.fromkeys([self._plan.micro_batch_size, 1])
         trained = self._attempt("the held-out loss", list(sizes), evaluate)
         if trained is None:
-            return None
+            return
         if not np.isfinite(mean_loss(trained)):
             raise DivergedError(
                 f"the held-out loss of the adapter is {mean_loss(trained)}",
@@ -75,7 +76,7 @@ class FinalEvaluation:
             )
         if not np.isfinite(base).all():
             self._note("the held-out loss of the base model is no number, so nothing can be compared with it")
-            return None
+            return
         _, lines = rows.sources(names)
         pairs = zip(lines, rows.add_up(base), rows.add_up(trained), strict=True)
         losses = [
@@ -86,15 +87,16 @@ class FinalEvaluation:
         self._found = self._found.model_copy(update={"loss": change, "rows": losses})
         self._write()
         if self._rank == 0:
+            result = self._folder.read_result() | _name_figures(change)
+            write_whole(self._folder.result, json.dumps(result, allow_nan=False))
             logger.info("held-out loss: %.4f before, %.4f after", change.loss_base, change.loss)
             logger.info("%s", change.describe())
             if (doubt := change.doubt()) is not None:
                 logger.warning("%s", doubt)
-        return change
 
     def ask(self, samples: SampleInputs, model: PeftModel, answerer: Answerer) -> None:
         """Have the base model within `model`, and then the adapter, answer the prompts; `answerer` calls `beat`."""
-        tokenizer = Tokenizer.from_file(str(self._folder.tokenizer))
+        tokenizer, started_s = Tokenizer.from_file(str(self._folder.tokenizer)), time.monotonic()
 
         def answer() -> list[str | None]:
             until_s = time.monotonic() + _ANSWERS_S
@@ -117,6 +119,9 @@ class FinalEvaluation:
         ]
         self._found = self._found.model_copy(update={"samples": found})
         self._write()
+        if self._rank == 0:
+            answered, spent_s = sum(sample.after is not None for sample in found), time.monotonic() - started_s
+            logger.info("%d of %d prompts answered before and after, in %.0f s", answered, len(found), spent_s)
 
     def _attempt(self, what: str, sizes: list[int], measure: Callable[[int], T]) -> T | None:
         """Return what can be measured with one of the sizes, a number of sequences at a time, or None."""
@@ -170,3 +175,15 @@ class FinalEvaluation:
     def _write(self) -> None:
         if self._rank == 0:
             write_whole(self._folder.evaluation, self._found.model_dump_json(indent=1) + "\n")
+
+
+def _name_figures(change: LossChange) -> dict[str, float]:
+    """Return what the run's metrics say of the held-out loss."""
+    return {
+        "eval_loss_base": change.loss_base,
+        "eval_loss": change.loss,
+        "perplexity_base": change.perplexity_base,
+        "perplexity": change.perplexity,
+        "eval_loss_change_low": change.change_low,
+        "eval_loss_change_high": change.change_high,
+    }

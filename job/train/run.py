@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import nn
 
 from job.errors import InternalError, PreemptedError
-from job.evaluation import LossChange
 from job.handover import RunFolder, SampleInputs, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
@@ -139,6 +138,7 @@ def train(
         result["stopped_by"] = control.finished_by
     if checkpoints.eval_rows_base is not None and np.isfinite(checkpoints.eval_rows_base).all():
         result["eval_loss_base"] = mean_loss(checkpoints.eval_rows_base)
+        result |= {} if stopping is None else {"eval_loss": stopping.best_loss}
     weights = gather() if stopping is None else stopping.best_weights
     pulse.beat()
     save_adapter(model, weights, folder.adapter, rank=rank)
@@ -155,40 +155,18 @@ def train(
         replace_trained(model, weights, plan.engine)
     final = FinalEvaluation(plan, folder, rank=rank, pulse=pulse)
     if checkpoints.eval_rows_base is not None:
-        change = final.compare(
-            checkpoints.eval_rows_base,
-            eval_rows,
-            inputs.eval_names,
-            lambda size: evaluate(beat=final.beat, micro_batch_size=size),
-        )
-        if change is not None and rank == 0:
-            write_whole(folder.result, json.dumps(result | _name_change(change), allow_nan=False))
+        final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, lambda size: evaluate(final.beat, size))
     if folder.samples.exists():
         samples = SampleInputs.model_validate_json(folder.samples.read_bytes())
-        base = model.get_base_model()
-        final.ask(
-            samples,
-            model,
-            Answerer(callable_model(plan, trainer), base, inputs.pad_token_id, plan, rank=rank, beat=final.beat),
-        )
+        base, pad = model.get_base_model(), inputs.pad_token_id
+        answerer = Answerer(callable_model(plan, trainer), base, pad, plan, rank=rank, beat=final.beat)
+        final.ask(samples, model, answerer)
 
 
 def _say_trained(plan: TrainPlan, folder: RunFolder, rank: int) -> None:
     find_maximum([0], plan)  # rank 0 has written all
     if rank % plan.processes == 0:
         folder.trained.touch()
-
-
-def _name_change(change: LossChange) -> dict[str, float]:
-    """Return what the run's metrics say of the held-out loss."""
-    return {
-        "eval_loss_base": change.loss_base,
-        "eval_loss": change.loss,
-        "perplexity_base": change.perplexity_base,
-        "perplexity": change.perplexity,
-        "eval_loss_change_low": change.change_low,
-        "eval_loss_change_high": change.change_high,
-    }
 
 
 def _load(plan: TrainPlan, inputs: WorkerInputs) -> PeftModel:
