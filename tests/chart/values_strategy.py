@@ -48,7 +48,7 @@ def _draw(schema: Schema) -> st.SearchStrategy[Any]:
 def _strings(schema: Schema) -> st.SearchStrategy[str]:
     texts = st.lists(st.sampled_from(ODD) | st.text(max_size=8), min_size=1, max_size=3).map("".join)
     paths = st.text("abc/*{}run_id[0].-", min_size=1, max_size=12)
-    uris = st.builds("{}{}".format, st.sampled_from(["s3://", "hf://datasets/", "/", ""]), paths)
+    uris = st.builds("{}{}".format, st.sampled_from(["s3://", "hf://datasets/", "hf://o/", "/", ""]), paths)
     least = schema.get("minLength", 0)
     return (texts | uris).filter(lambda text: len(text) >= least)
 
