@@ -40,6 +40,16 @@ def test_patience_ends(pauses: list[float]) -> None:
     assert pauses == [200, 100]
 
 
+def test_it_begins_with_the_first_failure(pauses: list[float]) -> None:
+    def act() -> str:
+        if len(pauses) == 0:
+            pauses.append(1000)  # a long upload
+            raise UnavailableError("away")
+        return "done"
+
+    assert patience.insist(act) == "done"
+
+
 def test_what_waiting_does_not_mend_ends_at_once(pauses: list[float]) -> None:
     with pytest.raises(ConfigError):
         fail(ConfigError("wrong"))
