@@ -144,11 +144,11 @@ def _publish(
         peers.wait_for_first_node()
         return
     logger.info("%s", format_metrics(folder.read_result()))
+    # They are here, unless an earlier start has trained the adapter, elsewhere.
+    prepared.inputs.base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
     if prepared.settings.output.merge:
         progress.enter("merging")
-        prepared.inputs.base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
         merge_adapter(prepared, folder)
-
     progress.enter("publishing")
     be_patient(prepared.settings.runtime.grace_seconds * GRACE_SHARE)
     publish_run(prepared, folder, lease)

@@ -20,13 +20,15 @@ def insist(act: Callable[[], Result]) -> Result:
 
     Raises the last UnavailableError then, and all other errors at once; a signal ends a pause.
     """
-    began_s = time.monotonic()
+    away_since_s: float | None = None  # an upload that failed may have taken longer than that
     pause_s = FIRST_PAUSE_S
     while True:
         try:
             return act()
         except UnavailableError as error:
-            left_s = PATIENCE_S - (time.monotonic() - began_s)
+            now_s = time.monotonic()
+            away_since_s = now_s if away_since_s is None else away_since_s
+            left_s = PATIENCE_S - (now_s - away_since_s)
             if left_s <= 0:
                 raise
             pause_s = min(max(pause_s, error.retry_after_s), left_s)

@@ -79,7 +79,9 @@ class HubHandler(BaseHTTPRequestHandler):
                 self._error(401, "", "Invalid credentials in Authorization header")
         elif parts == ["validate-yaml"]:
             card = json.loads(self.sent)["content"]
-            if any(f"license: {name}\n" in card for name in self.hub.bad_licenses):
+            if self.hub.take("fail_card_next"):
+                self._error(503, "", "try later")
+            elif any(f"license: {name}\n" in card for name in self.hub.bad_licenses):
                 self._json({"errors": [{"message": '"license" must be one of those that we know'}]}, status=400)
             else:
                 self._json({"errors": [], "warnings": []})

@@ -51,6 +51,7 @@ class HubStandIn:
         self.cut_next = 0  # end so many downloads half way
         self.busy_next = 0  # answer so many commits with 429, and ask to wait for a second
         self.fail_commit_next = 0  # answer so many commits with 500, and don't make them
+        self.fail_card_next = 0  # answer so many model cards that are to be looked at with 503
         self.lose_commit_next = 0  # make so many commits, and break the connection without an answer
         self.damage_next = 0  # keep so many files of commits with a flipped byte
         self.overtake_next: list[dict[str, bytes]] = []  # what others commit just before the next commits

@@ -35,6 +35,10 @@ _LONGEST_REASON = 300
 _WAIT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")  # of the header `ratelimit`: none remaining, and for how long
 
 
+class UnreadableError(ConfigError):
+    """An answer that no Hub gives."""
+
+
 @contextmanager
 def hub_errors(label: str, repo_type: str, *, hint: str = READ_HINT) -> Iterator[None]:
     """Turn what the library raises into a JobError; `label` names setting and URI, `hint` remedies missing rights."""
@@ -75,8 +79,10 @@ def describe_hub_error(error: BaseException, label: str, repo_type: str, hint: s
         return UnavailableError(f"{label}: the Hub's storage, Xet, can't be reached or is not served", hint=_XET_HINT)
     if isinstance(error, PermissionError):
         return DeniedError(f"{label}: the Hub's storage, Xet, refuses the token", hint=hint)
+    if isinstance(error, ValueError) and "metadata in README.md" in str(error):
+        return ConfigError(f"{label}: the Hub refuses the model card: {_shorten(str(error))}", hint="report it, please")
     if isinstance(error, ValueError):
-        return ConfigError(f"{label}: {endpoint} does not answer like a Hub", hint="check HF_ENDPOINT")
+        return UnreadableError(f"{label}: {endpoint} does not answer like a Hub", hint="check HF_ENDPOINT")
     return UnavailableError(f"{label}: {endpoint} can't be reached ({type(error).__name__})", hint=_NETWORK_HINT)
 
 
@@ -101,8 +107,11 @@ def _of_answer(error: HfHubHTTPError, label: str, endpoint: str | None, hint: st
 
 def _reason(error: HfHubHTTPError) -> str:
     """Return what the server gives as its reason, such as a full quota."""
-    reason = " ".join((error.server_message or "").split())
-    return f": {redact(reason)[:_LONGEST_REASON]}" if reason else ""
+    return f": {_shorten(error.server_message)}" if error.server_message else ""
+
+
+def _shorten(reason: str) -> str:
+    return redact(" ".join(reason.split()))[:_LONGEST_REASON]
 
 
 def _find_wait(headers: Mapping[str, str]) -> float:

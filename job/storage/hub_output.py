@@ -16,10 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from job.errors import ConfigError, DamagedError, NotFoundError
-from job.log import logger
+from job.errors import ConfigError, DamagedError, NotFoundError, UnavailableError
+from job.log import format_bytes, logger
 from job.storage import Head
-from job.storage.hub_errors import WRITE_HINT
+from job.storage.hub_errors import WRITE_HINT, UnreadableError
 from job.storage.hub_repository import HubRepository, etag_of
 from job.storage.hub_rights import require_creating, require_pull_requests, require_token, require_writing
 from job.storage.transfer import Task, run_tasks
@@ -50,7 +50,6 @@ class HubSlot:
         self._pull_request = pull_request
         self._license = license_name
         self._branch = self._repository.revision or _MAIN
-        self._is_open_known = False
         disable_progress_bars()
 
     def check_writable(self) -> None:
@@ -71,8 +70,7 @@ class HubSlot:
         else:
             require_writing(self._repository)
             self._require_branch()
-        if info is not None and self._private and not info.private and not self._is_open_known:
-            self._is_open_known = True
+        if info is not None and self._private and not info.private:
             logger.warning(
                 "%s: the repository exists and is public, so everyone will see what is published there; "
                 "SFT_OUTPUT__PRIVATE is for one that the job creates",
@@ -137,13 +135,15 @@ class HubSlot:
         was made: `look` tells. What makes this no place to publish is what `check_writable` raises.
         """
         if head.commit is None:
-            raise NotFoundError(f"{self._repository.label}: no such repository or branch", hint="start again")
+            raise UnavailableError(f"{self._repository.label}: no such repository or branch yet", hint="start again")
+        size_bytes = sum((folder / name).stat().st_size for name in names)
+        logger.info("uploading %d files, %s, to %s", len(names), format_bytes(size_bytes), self.uri)
         additions = [CommitOperationAdd(name, folder / name) for name in names]
         deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
         opens = self._pull_request and head.revision == _MAIN
         info = self._send([*additions, *deletions], head, message, create_pr=opens)
         revision = head.revision if not opens else str(info.pr_revision)
-        logger.info("committed %s to %s", f"{len(names)} files", info.pr_url if opens else self.uri)
+        logger.info("committed to %s", info.pr_url if opens else self.uri)
         return Head(revision, info.oid, (head.names | set(names)) - set(stale))
 
     def withdraw(self, head: Head, names: Sequence[str], message: str) -> None:
@@ -153,14 +153,20 @@ class HubSlot:
 
     def find_damaged(self, head: Head, sha256_by_name: Mapping[str, str], scratch: Path) -> list[str]:
         """Download the files of a commit, one after the other for the disk's sake; return those that are missing or not
-        what they should be."""
-        info = self._repository.info(head.commit)
-        etags = {sibling.rfilename: etag_of(sibling) for sibling in info.siblings or []}
-        return [
-            name
-            for name, sha256 in sha256_by_name.items()
-            if name not in etags or not self._reads_back(str(info.sha), name, etags[name], sha256, scratch)
-        ]
+        what they should be.
+
+        Raises UnavailableError where the commit can't be seen yet.
+        """
+        try:
+            info = self._repository.info(head.commit)
+            etags = {sibling.rfilename: etag_of(sibling) for sibling in info.siblings or []}
+            return [
+                name
+                for name, sha256 in sha256_by_name.items()
+                if name not in etags or not self._reads_back(str(info.sha), name, etags[name], sha256, scratch)
+            ]
+        except NotFoundError as error:
+            raise UnavailableError(f"{error.message}, though it was just committed", hint="start again") from error
 
     def _reads_back(self, commit: str, name: str, etag: str, sha256: str, scratch: Path) -> bool:
         if len(etag) == len(sha256) and etag != sha256:
@@ -199,9 +205,11 @@ class HubSlot:
         return None
 
     def _require_branch(self) -> None:
+        repository = self._repository
+        if self._branch.startswith("refs/pr/"):
+            repository.info(self._branch)
         if self._branch == _MAIN or self._branch.startswith("refs/pr/"):
             return
-        repository = self._repository
         with repository.errors():
             refs = repository.api.list_repo_refs(repository.repo, repo_type=repository.repo_type)
         is_tag = any(tag.name == self._branch for tag in refs.tags)
@@ -237,9 +245,9 @@ class HubSlot:
         repository, made = self._repository, []
 
         def send() -> list[Task]:
-            with repository.errors():
-                made.append(
-                    repository.api.create_commit(
+            try:
+                with repository.errors():
+                    info = repository.api.create_commit(
                         repository.repo,
                         operations,
                         commit_message=message,
@@ -248,7 +256,9 @@ class HubSlot:
                         create_pr=create_pr,
                         parent_commit=head.commit,
                     )
-                )
+            except UnreadableError as error:  # the library reads some answers before it looks whether they are errors
+                raise UnavailableError(error.message, hint=error.hint) from None
+            made.append(info)
             return []
 
         # On another thread, so that a signal ends the wait for an upload at once.

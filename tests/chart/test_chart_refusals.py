@@ -99,6 +99,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
         {"settings": {"checkpoint": {"every_steps": 9, "every_minutes": 1}}},
         "settings.checkpoint.every_minutes: settings.checkpoint.every_steps says how often already",
     ),
+    (
+        {"settings": {"output": {"uri": "s3://b/o", "pull_request": True}}},
+        "settings.output.pull_request: there are pull requests on the Hub alone",
+    ),
     ({"env": {"HF_HOME": "/x"}, "modelCache": {"type": "emptyDir"}}, "env.HF_HOME: modelCache sets it already"),
     (
         {"env": {"A": "1"}, "extraEnv": [{"name": "A", "value": "2"}]},

@@ -43,6 +43,9 @@ def without_contradictions(drawn: dict[str, Any]) -> dict[str, Any]:
         fields = drawn.get(group) or {}
         if fields.get(field) is not None:
             fields.pop(other, None)
+    output = drawn["output"]
+    if not output["uri"].startswith("hf://") or "@" in output["uri"]:
+        output.pop("pull_request", None)
     uri = drawn["data"]["uri"]
     if isinstance(uri, str) and uri.lstrip()[:1] in ("[", "{"):  # the job reads it as JSON, which the schema can't
         drawn["data"]["uri"] = [uri]

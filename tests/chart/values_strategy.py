@@ -50,7 +50,7 @@ def _draw(schema: Schema) -> st.SearchStrategy[Any]:
 def _strings(schema: Schema) -> st.SearchStrategy[str]:
     texts = st.lists(st.sampled_from(ODD) | st.text(max_size=8), min_size=1, max_size=3).map("".join)
     paths = st.text("abc/*{}run_id[0].-", min_size=1, max_size=12)
-    schemes, endings = st.sampled_from(["s3://", "hf://datasets/", "/", ""]), st.sampled_from(["", ".jsonl"])
+    schemes, endings = st.sampled_from(["s3://", "hf://datasets/", "hf://o/", "/", ""]), st.sampled_from(["", ".jsonl"])
     uris = st.builds("{}{}{}".format, schemes, paths, endings)
     least = schema.get("minLength", 0)
     return (texts | uris).filter(lambda text: len(text) >= least)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hub_stand_in import HubStandIn
+from hub_stand_in import OWNER, HubStandIn
 from job_cli import SHOP, job_environment, run_job
 from seaweed import SeaweedFS
 
@@ -147,6 +147,28 @@ def test_a_run_from_the_hub_names_the_commit_it_used(
     assert [(data["uri"], data["rows"]) for data in manifest["data"]] == [
         (f"hf://datasets/camellia/shop@{commits['data']}/data/train.jsonl", 80)
     ]
+
+
+def test_check_of_an_output_on_the_hub_leaves_nothing_there(hub: HubStandIn, tiny_model: Path, tmp_path: Path) -> None:
+    hub.reset()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')
+    environment = job_environment(
+        tmp_path, MODEL__ID=tiny_model, DATA__URI=rows, OUTPUT__URI="hf://camellia/checked-{run_id}"
+    )
+    environment |= hub.environment(tmp_path / "hf") | {"HF_TOKEN": "hf_secretsecretsecret"}
+    before = set(hub.repositories)
+    ended = run_job(environment, "check")
+    assert ended.code == 65, ended.output
+    [kept] = (tmp_path / "work" / "slots").rglob("bad_rows.jsonl")
+    assert str(kept) in ended.outcome["message"] + ended.outcome["hint"]
+
+    hub.who = OWNER | {"auth": {"accessToken": {"role": "read"}}}
+    ended = run_job(environment, "check")
+    assert ended.code == 77, ended.output
+    assert "the token in HF_TOKEN may only read" in ended.outcome["message"]
+    assert environment["HF_TOKEN"] not in ended.output + json.dumps(ended.outcome)
+    assert set(hub.repositories) == before
 
 
 def test_a_revision_that_the_hub_lacks(

@@ -11,10 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hub_stand_in import OWNER, HubStandIn
+from huggingface_hub.errors import HfHubHTTPError
+
+from job.errors import UnavailableError
+from job.storage.hub_errors import describe_hub_error
 
 ROOT = Path(__file__).parents[2]
 SETTING = "SFT_OUTPUT__URI"
@@ -228,8 +233,10 @@ def test_a_pull_request_is_opened_once(slot: Slot, hub: HubStandIn) -> None:
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["fail_next", "busy_next", "fail_commit_next", "lose_commit_next", "flip_next"])
 @pytest.mark.parametrize("pull_request", [False, True])
+@pytest.mark.parametrize(
+    "fault", ["fail_next", "busy_next", "fail_card_next", "fail_commit_next", "lose_commit_next", "flip_next"]
+)
 def test_a_fault_is_repaired(slot: Slot, hub: HubStandIn, fault: str, pull_request: bool) -> None:
     hub.add("models", "org/new", {"x": b"x"})
     vars(hub)[fault] = 1
@@ -290,6 +297,19 @@ def test_a_start_that_was_killed_before_it_read_back(slot: Slot, hub: HubStandIn
     assert {name: files_of(hub, "org/new")[name] for name in ADAPTER} == ADAPTER
 
 
+def test_how_long_a_hub_that_limits_requests_asks_to_wait() -> None:
+    for headers, wait_s in (
+        ({"retry-after": "7"}, 7),
+        ({"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 55),
+        ({"ratelimit": '"api";r=3;t=55'}, 0),
+        ({}, 0),
+    ):
+        answer = cast(Any, SimpleNamespace(status_code=429, headers=headers, request=None))
+        error = describe_hub_error(HfHubHTTPError("busy", response=answer), "label", "model", "hint")
+        assert isinstance(error, UnavailableError)
+        assert error.retry_after_s == wait_s
+
+
 def test_a_hub_that_stays_away(slot: Slot, hub: HubStandIn) -> None:
     hub.fail_commit_next = 1000
     ended = slot("publish", "hf://org/new", patience_s=1)
@@ -328,6 +348,7 @@ READER = OWNER | {"auth": {"accessToken": {"role": "read"}}}
         ("hf://org/there@new-branch", OWNER, None),
         ("hf://org/there@v1", OWNER, (78, "v1 is a tag")),
         (f"hf://org/there@{'a' * 40}", OWNER, (78, "is a commit")),
+        ("hf://org/there@refs/pr/1", OWNER, (66, "no such revision")),
         ("hf://readers/new", OWNER, (77, "the role in the organization readers is read")),
         ("hf://strangers/new", OWNER, (77, "camellia is no member of strangers")),
         ("hf://strangers/there", OWNER, (77, "HTTP 403")),

@@ -214,3 +214,12 @@ def test_a_plan_survives_the_way_to_the_workers(plan_for: PlanFor) -> None:
     for modules in ("all-linear", "q_proj,v_proj"):
         plan = plan_for(LORA__TARGET_MODULES=modules)
         assert TrainPlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_checkpoints_that_stay_on_this_machine_are_warned_of(plan_for: PlanFor) -> None:
+    def warned(**settings: object) -> bool:
+        return any("begin anew" in warning for warning in plan_for(**settings).warnings)
+
+    assert warned(OUTPUT__URI="hf://o/n")
+    assert not warned(OUTPUT__URI="hf://o/n", CHECKPOINT__URI="s3://b/c")
+    assert not warned()

@@ -51,6 +51,11 @@ and what to do.
 {{- if and (hasKey (.settings.checkpoint | default dict) "every_steps") (hasKey .settings.checkpoint "every_minutes") -}}
 {{- fail "settings.checkpoint.every_minutes: settings.checkpoint.every_steps says how often already; set one of them" -}}
 {{- end -}}
+{{- with .settings.output -}}
+{{- if and .pull_request (or (not (hasPrefix "hf://" .uri)) (contains "@" .uri)) -}}
+{{- fail "settings.output.pull_request: there are pull requests on the Hub alone, into main; leave it out, or write settings.output.uri: hf://org/name" -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Variables that are set twice: server-side apply refuses such a list in words that help nobody. */}}
