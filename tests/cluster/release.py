@@ -62,6 +62,7 @@ class Release:
                 "data": {"uri": f"s3://{BUCKET}/data/train.jsonl"},
                 "output": {"uri": f"s3://{BUCKET}/{self.output}"},
                 "train": {"max_steps": 4, "global_batch_size": 2, "logging_steps": 1},
+                "runtime": {"log_format": "text"},  # the tests read it
             },
             "existingSecret": _SECRET,
             "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "2Gi"}},
