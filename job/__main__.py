@@ -1,8 +1,7 @@
 """The job, read top to bottom: settings -> inputs -> data set -> plan -> launch -> publish.
 
 `sft-job` runs it, `sft-job check` does all that needs no training, `sft-job schema` prints the settings' JSON Schema,
-`sft-job verify URI` and `sft-job compare URI URI ...` look at what was published.
-This is the only place that turns an exception into an exit code.
+`verify` and `compare` look at what was published. Only here does an exception become an exit code.
 """
 
 import json
