@@ -104,6 +104,8 @@ KEEPS = {
     "RUNTIME__HANG_MINUTES": "5",
     "RUNTIME__METRICS_PORT": "9400",
 }
+# What a setting can't be given without.
+NEEDED = {"OUTPUT__PULL_REQUEST": {"OUTPUT__URI": "hf://org/name"}}
 
 
 def test_every_setting_is_decided_on() -> None:
@@ -118,7 +120,7 @@ def test_a_training_setting_makes_another_run(name: str, load: Load) -> None:
 
 @pytest.mark.parametrize("name", KEEPS)
 def test_places_logging_and_parallelism_do_not(name: str, load: Load) -> None:
-    changed = load(**{name: KEEPS[name]})
+    changed = load(**{name: KEEPS[name]} | NEEDED.get(name, {}))
     assert changed != load()
     assert run_id(changed) == run_id(load())
 

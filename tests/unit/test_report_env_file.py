@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_manifest import CHANGES, KEEPS
+from test_manifest import CHANGES, KEEPS, NEEDED
 
 from job.record import RunRecord
 from job.report.env_file import SHELL_LOADER, list_credentials, make_env_lines
@@ -29,7 +29,7 @@ AWKWARD: dict[str, object] = {
     "OUTPUT__URI": "s3://bucket/{run_id}",
 }
 # one of each setting that there is
-SINGLE = [{name: value} for name, value in (CHANGES | KEEPS).items()]
+SINGLE = [{name: value} | NEEDED.get(name, {}) for name, value in (CHANGES | KEEPS).items()]
 
 
 def read_by_docker(lines: list[str]) -> dict[str, str]:
