@@ -45,10 +45,11 @@ _UNITS_AN_INCH = 72
 def draw_svg(name: str, paint: Callable[["Axes"], None], *, height: int = _HEIGHT) -> str:
     """Return an `svg` element with what `paint` draws; the same drawing is the same text. `name` tells those who can't
     see it what it is."""
+    # That it makes a list of fonts first, perhaps in a temporary folder, is nothing to warn of.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it makes a list of fonts first is nothing to warn of
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever this user's own matplotlibrc says
         mpl.rcParams.update(_STYLE | {"svg.hashsalt": name})

@@ -51,6 +51,10 @@ def test_torch_is_the_workers() -> None:
     assert {module for module in importers("torch") if not module.startswith("job/train/")} == set()
 
 
+def test_charts_are_the_reports() -> None:
+    assert {module for module in importers("matplotlib") if not module.startswith("job/report/")} == set()
+
+
 def test_each_store_has_its_library_to_itself() -> None:
     assert {m for m in importers("boto3", "botocore", "s3transfer") if not m.startswith("job/storage/s3")} == set()
     assert {m for m in importers("huggingface_hub") if not m.startswith("job/storage/hub")} == set()
