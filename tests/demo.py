@@ -137,7 +137,9 @@ def show_answers(adapter: Path) -> None:
 
 
 def show_use(prefix: str) -> None:
-    """Print how to use the adapter."""
+    """Print how to look at the report, and how to use the adapter."""
+    say("How to look at it")
+    print(f"   {DEMO / 'adapter' / 'report.html'}, in a browser")
     say("How to use it")
     print(f"   aws s3 cp --recursive s3://{BUCKET}/{prefix} adapter/")
     print('   model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE_MODEL), "adapter")')
