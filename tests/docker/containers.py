@@ -11,7 +11,7 @@ from typing import Self
 import pytest
 
 DOCKER = os.environ.get("DOCKER", "docker")
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 HARDENED = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=host"]
 
 

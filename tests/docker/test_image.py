@@ -168,7 +168,7 @@ def test_nothing_outlives_a_job_that_is_killed(image: str, settings: dict[str, s
         (job,) = first.children()
         job.kill()
         assert container.wait() == 128 + 9
-        _, left = psutil.wait_procs(processes, timeout=10)
+        _, left = psutil.wait_procs(processes, timeout=60)
         assert not left
 
 
