@@ -16,7 +16,7 @@ from job.checkpoints.stored import CHECKPOINTS, CheckpointStore
 from job.errors import ConfigError, UnavailableError
 from job.handover import MERGED, RunFolder
 from job.lease import Lease
-from job.log import format_bytes, logger
+from job.log import event, format_bytes, logger
 from job.manifest import MANIFEST_NAME, hash_file, make_manifest
 from job.memory.found import forget_memory_found
 from job.patience import insist
@@ -208,7 +208,9 @@ def publish(
     _put_manifest(slot, manifest_path, check_lease)
     insist(lambda: slot.delete(_UNLISTED))
     total_bytes = sum(file["bytes"] for file in manifest["files"])
-    logger.info("published %d files, %s, at %s", len(sha256_by_name) + 1, format_bytes(total_bytes), slot.uri)
+    files = len(sha256_by_name) + 1
+    fields = event("published", uri=slot.uri, files=files, size_bytes=total_bytes)
+    logger.info("published %d files, %s, at %s", files, format_bytes(total_bytes), slot.uri, extra=fields)
 
 
 def _remove_stale(slot: Store, names: set[str], scratch: Path) -> None:

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from job.settings_fields import Auto, Columns, Group, Modules, OutputUri, Sources, TargetModules, Uri, Warmup, unit_of
+from job.settings_fields import (
+    Auto,
+    Columns,
+    Group,
+    Modules,
+    OutputUri,
+    Sources,
+    TargetModules,
+    Trackers,
+    Uri,
+    Warmup,
+    unit_of,
+)
 
 
 class ModelSettings(Group):
@@ -250,7 +262,9 @@ class RuntimeSettings(Group):
         Path(tempfile.gettempdir()) / "sft-job",
         description="Folder for downloads and intermediate files; one job at a time",
     )
-    log_format: Literal["auto", "text", "json"] = Field("auto", description="Log lines as text or JSON; auto: text")
+    log_format: Literal["auto", "text", "json"] = Field(
+        "auto", description="Log lines as text or JSON; auto: text on a terminal, JSON elsewhere"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged")
     termination_log: Path = Field(
         Path("/dev/termination-log"),
@@ -276,6 +290,9 @@ class RuntimeSettings(Group):
         le=1440,
         description="End a run in which a worker takes longer for one micro batch",
         json_schema_extra=unit_of("minutes"),
+    )
+    report_to: Trackers = Field(
+        [], description="Experiment trackers to report to, separated by commas: tensorboard, mlflow, wandb"
     )
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None,

@@ -89,6 +89,7 @@ def job_environment(server: SeaweedFS) -> dict[str, str]:
         "SFT_OUTPUT__URI": f"s3://{BUCKET}/adapters/{{run_id}}",
         "SFT_TRAIN__LEARNING_RATE": "1e-3",
         "SFT_TRAIN__EPOCHS": "2",
+        "SFT_RUNTIME__LOG_FORMAT": "text",
         "SFT_RUNTIME__WORK_DIR": str(DEMO / "work"),
         "SFT_RUNTIME__TERMINATION_LOG": str(DEMO / "termination.json"),
     }

@@ -91,7 +91,7 @@ class Checkpoints:
             group["lr"] = state.learning_rate
         restore_loss_scale(trainer, plan, state.loss_scale)
         self.eval_loss_base = state.eval_loss_base
-        self._metrics.go_on_from(state.metrics, checkpoint.metrics)
+        self._metrics.go_on_from(state.metrics, checkpoint.metrics, state.eval_loss_base)
         self._metrics.saved_step = state.step
         if self._stopping is not None and state.stopping is not None:
             best = {name: checkpoint.read(f"best/{name}").cpu() for name in checkpoint.list_names("best")}
