@@ -69,3 +69,9 @@ def run_job(
         output, _ = process.communicate(timeout=timeout_s)
     outcome = json.loads(log.read_text()) if log.exists() else {}
     return Ended(process.returncode, output, outcome)
+
+
+def without_measurements(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics.jsonl without what depends on the machine and the moment."""
+    measured = ("elapsed_s", "step_s", "data_wait_s", "tokens_per_second", "memory_bytes")
+    return {name: value for name, value in record.items() if name not in measured}

@@ -124,7 +124,7 @@ class StepMetrics:
         state.unlogged_s += time.monotonic() - self._step_began_s
         self._last = _Step(step, grad_norm, learning_rate, self._measure_speed(step))
         diverged = has_diverged(loss, grad_norm, self._plan.dtype)
-        if diverged or step == 1 or step % self._plan.logging_steps == 0:
+        if diverged or step in (1, self._plan.steps) or step % self._plan.logging_steps == 0:
             self.log_last_step()
         if diverged:
             self._raise_diverged(step, loss, grad_norm, learning_rate)
