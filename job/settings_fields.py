@@ -153,5 +153,6 @@ Warmup = Annotated[
 ]
 
 _Tracker = Literal["tensorboard", "mlflow", "wandb"]
-_TrackerNames = Annotated[str, Field(pattern="^( *(tensorboard|mlflow|wandb) *(,|$))*$")] | list[_Tracker]
+_TRACKER = "(tensorboard|mlflow|wandb)"
+_TrackerNames = Annotated[str, Field(pattern=f"^{_TRACKER}(, *{_TRACKER})*$")] | list[_Tracker]
 Trackers = Annotated[list[_Tracker], NoDecode, BeforeValidator(_parse_trackers, json_schema_input_type=_TrackerNames)]

@@ -50,7 +50,8 @@ def _strings(schema: Schema) -> st.SearchStrategy[str]:
     paths = st.text("abc/*{}run_id[0].-", min_size=1, max_size=12)
     uris = st.builds("{}{}".format, st.sampled_from(["s3://", "hf://datasets/", "/", ""]), paths)
     least = schema.get("minLength", 0)
-    return (texts | uris).filter(lambda text: len(text) >= least)
+    drawn = (texts | uris).filter(lambda text: len(text) >= least)
+    return drawn | st.from_regex(schema["pattern"], fullmatch=True) if "pattern" in schema else drawn
 
 
 def _integers(schema: Schema) -> st.SearchStrategy[int]:
