@@ -6,6 +6,7 @@ stands in metrics.jsonl and nothing else: a tracker that fails or hangs costs th
 
 import copy
 import json
+import logging
 import queue
 import threading
 import time
@@ -105,6 +106,7 @@ class _Tracker(threading.Thread):
         self._acts.put(None)
 
     def run(self) -> None:
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of every try
         try:
             [kind] = get_reporting_integration_callbacks([self.name])
             callback = kind()
