@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 from tools import helm, kubectl
 
 CONTAINER = "sft-job"
-_COMMAND_TIMEOUT_S = 120.0
+_COMMAND_TIMEOUT_S = 360.0
 _POLL_S = 0.5
 _LOG_LINES = 60
 

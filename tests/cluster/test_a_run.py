@@ -24,7 +24,7 @@ def test_a_run_from_install_to_upgrade(release: Release) -> None:
     assert release.job()["metadata"]["uid"] == before["uid"]
     assert [it["metadata"]["uid"] for it in release.pods()] == [pod["metadata"]["uid"]]
 
-    tested = release.namespace.helm("test", "demo", "--logs", "--timeout=90s")
+    tested = release.namespace.helm("test", "demo", "--logs", "--timeout=5m")
     assert "is already published: nothing to do" in tested, tested
 
     release.output += "-changed"
@@ -74,7 +74,7 @@ def test_too_many_gpus_wait_and_say_why(release: Release) -> None:
                     return str(found["message"])
         return None
 
-    assert "Insufficient nvidia.com/gpu" in wait_until("a reason why the pod waits", look, timeout_s=30)
+    assert "Insufficient nvidia.com/gpu" in wait_until("a reason why the pod waits", look, timeout_s=120)
     assert [pod["status"]["phase"] for pod in release.pods()] == ["Pending"]
 
 

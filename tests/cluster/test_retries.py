@@ -6,7 +6,7 @@ from kubernetes import ending, outcome, run_kubectl, wait_until
 from release import BUCKET, Release
 from seaweed import SeaweedFS
 
-STOPPED_AT, STEPS = 3, 24  # long enough to be stopped midway, and short
+STOPPED_AT, STEPS = 3, 40  # long enough to be stopped midway, and short
 MIDWAY = {"settings": {"train": {"max_steps": STEPS}, "checkpoint": {"every_steps": STEPS}}}
 
 
@@ -34,12 +34,12 @@ def test_a_drained_node_gets_the_run_back(release: Release) -> None:
     [node] = [it["spec"]["nodeName"] for it in release.pods()]
     selector = "--pod-selector=app.kubernetes.io/component=run"
     try:
-        run_kubectl("drain", node, selector, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+        run_kubectl("drain", node, selector, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=3m")
 
         def look() -> bool:
             return [it["status"]["phase"] for it in release.pods() if it["metadata"]["name"] != pod] == ["Pending"]
 
-        assert wait_until("a pod that waits for a node", look, timeout_s=30)
+        assert wait_until("a pod that waits for a node", look, timeout_s=120)
     finally:
         run_kubectl("uncordon", node)
     check_resumed(release)
@@ -49,7 +49,7 @@ def test_a_store_that_is_away_is_tried_again(release: Release, server: SeaweedFS
     server.stop()
     try:
         release.install()
-        wait_until("a pod that found no store", lambda: 69 in release.endings(), timeout_s=90)
+        wait_until("a pod that found no store", lambda: 69 in release.endings(), timeout_s=300)
     finally:
         server.start()
     release.wait_until_complete()
@@ -82,7 +82,8 @@ def test_what_cannot_succeed_is_not_tried_twice(release: Release, code: int, wor
 def test_out_of_memory_is_called_so(release: Release) -> None:
     """Where the kernel kills a worker, the job ends with 71; where it kills the whole container (cgroup v2), the
     kubelet says OOMKilled, and the pod has no message of the job's own."""
-    release.install({"resources": {"limits": {"memory": "420Mi"}}, "backoffLimit": 0})
+    release.exhaust_memory("-m job.train.worker")
+    release.install({"backoffLimit": 0})
     kind, held = release.wait_for_end()
     assert kind == "Failed"
     [pod] = release.run_pods_seen()

@@ -49,7 +49,7 @@ def test_a_jobset_restarts_all_nodes(release: Release, jobset: None) -> None:
     [second] = [pod["metadata"]["name"] for pod in release.pods() if node_of(pod) == 1]
     # tini, the first process, has the job as its only child.
     release.namespace.kubectl("exec", second, "--", "sh", "-c", "kill -9 $(cat /proc/1/task/1/children)")
-    wait_until("a restart of the JobSet", lambda: look()["status"].get("restarts") == 1, timeout_s=60)
+    wait_until("a restart of the JobSet", lambda: look()["status"].get("restarts") == 1, timeout_s=180)
 
     release.wait_for_log("going on from step")
     [second] = [pod["metadata"]["name"] for pod in release.pods() if node_of(pod) == 1]
@@ -85,7 +85,7 @@ def test_a_queued_run_waits_for_its_quota(release: Release, queue: str) -> None:
     later = Release(release.namespace, release.store, release.image, "later")
     for run in (release, later):
         run.install({"kueue": {"queueName": queue}})
-        wait_until("Kueue's admission", lambda: not release.job()["spec"]["suspend"], timeout_s=30)
+        wait_until("Kueue's admission", lambda: not release.job()["spec"]["suspend"], timeout_s=120)
     assert later.job()["spec"]["suspend"]
     [waiting] = [it for it in release.namespace.get("workloads") if not condition(it, "Admitted")]
     reasons = " ".join(found["message"] for found in waiting["status"]["conditions"])

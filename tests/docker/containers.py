@@ -43,7 +43,7 @@ class Container:
         self, image: str, *arguments: str, environment: Mapping[str, str] | None = None, options: Sequence[str] = ()
     ) -> None:
         self.name = f"sft-job-test-{secrets.token_hex(6)}"
-        variables = environment or {}
+        variables = {"SFT_RUNTIME__LOG_FORMAT": "text"} | dict(environment or {})  # the tests read it
         names = [word for name in variables for word in ("--env", name)]  # their values are in no command line
         command = ["run", "--detach", "--name", self.name, *HARDENED, *names, *options, image, *arguments]
         call_docker(*command, environment=variables)
