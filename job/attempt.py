@@ -6,9 +6,12 @@ from pathlib import Path
 
 from job.checkpoints.resume import commit_step, fetch_newest
 from job.checkpoints.uploads import Uploads
-from job.handover import RunFolder, SavedStep
+from job.errors import DivergedError, JobError
+from job.evaluation import read_evaluation
+from job.handover import RunFolder, SavedStep, write_whole
 from job.launch import launch_workers, list_ranks
 from job.lease import Lease
+from job.log import logger
 from job.nodes.peers import Peers
 from job.outcome import Progress
 from job.prepared import Prepared
@@ -28,7 +31,8 @@ def attempt_training(
     """Train what is handed over in the folder, until the deadline (monotonic clock) at most; on node 0 with its hold on
     the slot. `progress` learns of each checkpoint in the store.
 
-    Raises what `launch_workers` raises, and the checkpoints' store when it is out of reach at the start.
+    What fails after training costs nothing but its figures. Raises what `launch_workers` raises before that, and the
+    checkpoints' store when it is out of reach at the start.
     """
     settings = prepared.settings
     newest = None if lease is None else fetch_newest(prepared, folder.resume)
@@ -58,4 +62,17 @@ def attempt_training(
             deadline_s=deadline_s,
             finish_at_deadline=settings.train.accept_partial,
         )
-        launch_workers(prepared.plan, folder, peers, supervisor)
+        try:
+            launch_workers(prepared.plan, folder, peers, supervisor)
+        except JobError as failure:
+            if isinstance(failure, DivergedError) or not folder.trained.exists():
+                raise
+            _note_failure(folder, failure)
+
+
+def _note_failure(folder: RunFolder, failure: JobError) -> None:
+    """Say that what comes after training has failed: the adapter is there, and worth more than its evaluation."""
+    logger.warning("the adapter is trained, but its evaluation failed: %s", failure.message)
+    found = read_evaluation(folder.evaluation)
+    problems = [*found.problems, f"the evaluation failed: {failure.message}"]
+    write_whole(folder.evaluation, found.model_copy(update={"problems": problems}).model_dump_json(indent=1) + "\n")

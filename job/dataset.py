@@ -34,12 +34,14 @@ from job.data import (
 from job.data.split import TooLong
 from job.data.xray import FileRows, count_duplicates, count_lengths, count_overlap, decode_samples
 from job.errors import ConfigError
+from job.handover import SampleInputs
 from job.inputs import InputFile, Inputs
 from job.limits import refuse_bad_rows, refuse_dropped_rows
 from job.log import transfer_progress
 from job.manifest import DataFile
 from job.memory.model_shape import read_model_shape
 from job.plan import DataFacts
+from job.prompts import choose_samples
 from job.quantization import find_stored_quantization
 from job.settings import Settings
 from job.settings_groups import DataSettings
@@ -62,6 +64,7 @@ class Dataset:
     evaluation: TokenizedData | None
     train_segments: Integers  # (N, 3)
     eval_segments: Integers  # (M, 3)
+    samples: SampleInputs | None
     facts: DataFacts
     xray: XRay
     files: list[DataFile]
@@ -105,7 +108,8 @@ def prepare_dataset(
 
     train = tokenize(inputs.train, "URI")
     evaluation = tokenize(inputs.evaluation, "EVAL_URI") if inputs.evaluation else None
-    max_length, source = _max_length(settings.data, train, read_context_tokens(configuration))
+    context_tokens = read_context_tokens(configuration)
+    max_length, source = _max_length(settings.data, train, context_tokens)
     chosen = _choose(settings, inputs, train, evaluation, max_length)
     facts = DataFacts(
         model_revision=inputs.base_model.revision,
@@ -123,11 +127,21 @@ def prepare_dataset(
         stored_quantization=stored_quantization,
     )
     turn_end = adopt_turn_end(tokenizer, train, model_folder)
-    samples = decode_samples(train, chosen.train, tokenizer)
-    xray = _make_xray(inputs, train, evaluation, chosen, facts, turn_end, samples)
+    samples = choose_samples(  # the turn's end must be known
+        settings.eval,
+        inputs.prompts,
+        tokenizer,
+        model_folder,
+        row_format=next((one for one in train.formats if one is not None), None),
+        held_out=train if evaluation is None else evaluation,
+        segments=chosen.held_out,
+        context_tokens=context_tokens,
+    )
+    shown = decode_samples(train, chosen.train, tokenizer)
+    xray = _make_xray(inputs, train, evaluation, chosen, facts, turn_end, shown)
     files = _describe_files(inputs.train, train)
     files += _describe_files(inputs.evaluation, evaluation) if evaluation is not None else []
-    return Dataset(tokenizer, template, train, evaluation, chosen.train, chosen.held_out, facts, xray, files)
+    return Dataset(tokenizer, template, train, evaluation, chosen.train, chosen.held_out, samples, facts, xray, files)
 
 
 @dataclass(frozen=True)

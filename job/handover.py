@@ -29,10 +29,32 @@ class NewTokenInput(BaseModel):
     piece_ids: list[int]
 
 
+class PromptInput(BaseModel):
+    """A prompt to be answered before and after training: its tokens, and what a `job.evaluation.Sample` says of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ids: list[int]
+    text: str
+    messages: list[dict[str, Any]] | None
+    reference: str | None
+
+
+class SampleInputs(BaseModel):
+    """Which prompts are answered, the tokens that end an answer, and the longest one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: list[PromptInput]
+    stop_ids: list[int]
+    max_new_tokens: int
+
+
 class WorkerInputs(BaseModel):
     """Paths of what a worker reads, the vocabulary, and how it logs. `vocabulary_size` counts the tokenizer's ids;
-    `train_names` are the data files that the rows of `train_tokens` came from, by their index there; `report_to` are
-    names of `job.trackers`."""
+    `train_names` are the data files that the rows of `train_tokens` came from, by their index there, `eval_names` those
+    of the held-out rows. Held-out rows are of `train_tokens` where there are no `eval_tokens`. `report_to` are names of
+    `job.trackers`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +62,7 @@ class WorkerInputs(BaseModel):
     train_tokens: Path
     train_names: list[str]
     eval_tokens: Path | None
+    eval_names: list[str]
     pad_token_id: int
     vocabulary_size: int
     new_tokens: list[NewTokenInput]
@@ -128,6 +151,16 @@ class RunFolder:
         return self.root / "eval_rows.npy"
 
     @property
+    def samples(self) -> Path:
+        """The SampleInputs, as JSON; there are none where nothing is to be answered."""
+        return self.root / "samples.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, as the tokenizers library saves it, where something is to be answered."""
+        return self.root / "tokenizer.json"
+
+    @property
     def adapter(self) -> Path:
         """The folder that holds the adapter."""
         return self.root / "adapter"
@@ -156,6 +189,17 @@ class RunFolder:
     def result(self) -> Path:
         """The final metrics, as JSON."""
         return self.root / "result.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The `job.evaluation.Evaluation`, as JSON."""
+        return self.root / "evaluation.json"
+
+    @property
+    def trained(self) -> Path:
+        """Is there, on every node, once rank 0 has written adapter and result: whatever happens to the workers after
+        that, the adapter can be published."""
+        return self.root / "trained"
 
     @property
     def checkpoints(self) -> Path:

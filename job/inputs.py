@@ -18,6 +18,7 @@ from job.downloads import Downloads, FetchedFile
 from job.errors import ConfigError, DataError, NotFoundError
 from job.log import format_bytes, logger
 from job.manifest import make_run_id
+from job.prompts import GivenPrompt, fetch_prompts
 from job.settings import Settings
 from job.settings_groups import ModelSettings
 from job.storage import Store, StoredFile, open_store
@@ -77,6 +78,7 @@ class Inputs:
     evaluation: list[InputFile]
     base_model: BaseModel
     chat_template: ChatTemplate | None  # None: the base model's own
+    prompts: list[GivenPrompt]
 
 
 def fetch_data(uri: str, *, weight: float, setting: str, folder: Path) -> list[InputFile]:
@@ -205,6 +207,7 @@ def find_inputs(settings: Settings, work_dir: Path) -> Inputs:
         evaluation = fetch_data(
             settings.data.eval_uri, weight=1, setting="SFT_DATA__EVAL_URI", folder=data_dir / "eval"
         )
+    prompts = fetch_prompts(settings.eval.prompts, work_dir / "prompts")
     run_id = make_run_id(
         settings,
         train=[(file.sha256, file.weight) for file in train],
@@ -212,4 +215,4 @@ def find_inputs(settings: Settings, work_dir: Path) -> Inputs:
         model_revision=base_model.revision,
         chat_template=None if chat_template is None else chat_template.text,
     )
-    return Inputs(run_id, train, evaluation, base_model, chat_template)
+    return Inputs(run_id, train, evaluation, base_model, chat_template, prompts)

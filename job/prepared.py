@@ -64,6 +64,7 @@ class Prepared:
             train_tokens=self.dataset.train.path,
             train_names=list(self.dataset.train.names),
             eval_tokens=None if evaluation is None else evaluation.path,
+            eval_names=list((self.dataset.train if evaluation is None else evaluation).names),
             pad_token_id=self.dataset.tokenizer.pad_token_id or 0,
             vocabulary_size=len(self.dataset.tokenizer),
             new_tokens=[] if template is None else [_describe(token) for token in template.new_tokens],
@@ -73,6 +74,9 @@ class Prepared:
             report_to=runtime.report_to,
         )
         folder.inputs.write_text(inputs.model_dump_json(), encoding="utf-8")
+        if self.dataset.samples is not None:
+            folder.samples.write_text(self.dataset.samples.model_dump_json(), encoding="utf-8")
+            self.dataset.tokenizer.backend_tokenizer.save(str(folder.tokenizer))
         np.save(folder.train_rows, self.dataset.train_segments)
         np.save(folder.eval_rows, self.dataset.eval_segments)
         return folder

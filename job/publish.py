@@ -126,8 +126,9 @@ def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
         is_on_hub=inputs.base_model.hub_revision is not None,
     )
     (folder.adapter / "README.md").write_text(card, encoding="utf-8")
-    for source in (folder.plan, folder.xray, folder.metrics):
-        shutil.copy(source, folder.adapter)
+    for source in (folder.plan, folder.xray, folder.metrics, folder.evaluation):
+        if source.exists():
+            shutil.copy(source, folder.adapter)
     _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
     manifest = make_manifest(
         run_id=inputs.run_id,

@@ -21,6 +21,7 @@ from job.settings_fields import Group
 from job.settings_groups import (
     CheckpointSettings,
     DataSettings,
+    EvalSettings,
     LoraSettings,
     ModelSettings,
     OutputSettings,
@@ -55,6 +56,7 @@ class Settings(BaseSettings):
     train: TrainSettings = TrainSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     parallel: ParallelSettings = ParallelSettings()
+    eval: EvalSettings = EvalSettings()
     output: OutputSettings
     runtime: RuntimeSettings = RuntimeSettings()
 

@@ -156,3 +156,40 @@ _Tracker = Literal["tensorboard", "mlflow", "wandb"]
 _TRACKER = "(tensorboard|mlflow|wandb)"
 _TrackerNames = Annotated[str, Field(pattern=f"^{_TRACKER}(, *{_TRACKER})*$")] | list[_Tracker]
 Trackers = Annotated[list[_Tracker], NoDecode, BeforeValidator(_parse_trackers, json_schema_input_type=_TrackerNames)]
+
+_Message = dict[str, Any]
+_PROMPT_FILES = (".jsonl", ".txt")
+
+
+def _parse_prompts(value: object) -> object:
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"must be a JSON list of prompts, or a file of them: {error}") from error
+    if isinstance(value, str):
+        _require_scheme(_refuse_credentials(value))  # here, for a union would hide which of its members refuses it
+        if not value.endswith(_PROMPT_FILES):
+            raise ValueError(f"must be a JSON list of prompts, or a file that ends in {' or '.join(_PROMPT_FILES)}")
+    elif not (isinstance(value, list) and value and all(map(_is_prompt, value))):
+        raise ValueError('must be prompts, each of them text or a list of messages such as {"role", "content"}')
+    return value
+
+
+def _is_prompt(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(message, dict) for message in value)
+    return isinstance(value, str) and bool(value.strip())
+
+
+_WRONG_PROMPT_FILE: list[JsonDict] = [*_WRONG_URI, {"pattern": r"^\s*\["}, {"pattern": r"\s$"}]
+_PromptFile = Annotated[
+    Uri, Field(json_schema_extra={"pattern": r"\.(jsonl|txt)$", "not": {"anyOf": [*_WRONG_PROMPT_FILE]}})
+]
+_Prompt = Annotated[str, Field(pattern=r"\S")] | Annotated[list[_Message], Field(min_length=1)]
+_PromptsInput = _PromptFile | Annotated[list[_Prompt], Field(min_length=1)]
+
+# NoDecode: a file's name is no JSON.
+Prompts = Annotated[
+    str | list[str | list[_Message]], NoDecode, BeforeValidator(_parse_prompts, json_schema_input_type=_PromptsInput)
+]

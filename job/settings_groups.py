@@ -12,6 +12,7 @@ from job.settings_fields import (
     Group,
     Modules,
     OutputUri,
+    Prompts,
     Sources,
     TargetModules,
     Trackers,
@@ -247,6 +248,26 @@ class ParallelSettings(Group):
     )
 
 
+class EvalSettings(Group):
+    """How what was learned is shown."""
+
+    prompts: Prompts | None = Field(
+        None,
+        description="Prompts that are answered before and after training: a JSON list of texts, or of lists of "
+        "messages; or a file of them, one a line (.txt, .jsonl); else some held-out rows are",
+    )
+    samples: int = Field(
+        4,
+        ge=0,
+        le=1000,
+        description="Held-out rows that are answered before and after training, without prompts",
+        json_schema_extra=unit_of("rows"),
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, le=32_768, description="Longest answer to a prompt", json_schema_extra=unit_of("tokens")
+    )
+
+
 class OutputSettings(Group):
     """Where the adapter goes."""
 
@@ -262,9 +283,7 @@ class RuntimeSettings(Group):
         Path(tempfile.gettempdir()) / "sft-job",
         description="Folder for downloads and intermediate files; one job at a time",
     )
-    log_format: Literal["auto", "text", "json"] = Field(
-        "auto", description="Log lines as text or JSON; auto: text on a terminal, JSON elsewhere"
-    )
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="Text or JSON; auto: text on a terminal")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged")
     termination_log: Path = Field(
         Path("/dev/termination-log"),
@@ -291,9 +310,7 @@ class RuntimeSettings(Group):
         description="End a run in which a worker takes longer for one micro batch",
         json_schema_extra=unit_of("minutes"),
     )
-    report_to: Trackers = Field(
-        [], description="Experiment trackers to report to, separated by commas: tensorboard, mlflow, wandb"
-    )
+    report_to: Trackers = Field([], description="Experiment trackers that are told, such as tensorboard,mlflow,wandb")
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None,
         description="Port at which Prometheus finds /metrics while the job runs",

@@ -88,7 +88,8 @@ class Supervisor:
         self._ask(StopRequest(reason=name))
 
     def _ask(self, request: StopRequest) -> None:
-        logger.info("%s: training stops after this step", request.reason)
+        what = "evaluation stops here" if self._folder.trained.exists() else "training stops after this step"
+        logger.info("%s: %s", request.reason, what)
         write_whole(self._folder.stop_request, request.model_dump_json())
 
     @property

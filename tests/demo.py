@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from base_model import get_base_model
 from seaweed import SeaweedFS
+
+from job.evaluation import LossChange
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / ".cache" / "demo"
 BUCKET = "demo"
 MODEL = "models/SmolLM2-135M-Instruct"
-QUESTION = "How long does delivery take, and when is it free?"
+PROMPTS = ["How long does delivery take, and when is it free?", "我的茶壺送來時破了，怎麼辦？"]  # noqa: RUF001
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
             adapter = download(client, prefix)
             say("5. What it learned")
             show_learning(adapter)
-            show_answers(environment.get("SFT_MODEL__ID", ""), base_model, adapter)
+            show_answers(adapter)
         show_use(prefix)
     return 0
 
@@ -89,6 +90,8 @@ def job_environment(server: SeaweedFS) -> dict[str, str]:
         "SFT_OUTPUT__URI": f"s3://{BUCKET}/adapters/{{run_id}}",
         "SFT_TRAIN__LEARNING_RATE": "1e-3",
         "SFT_TRAIN__EPOCHS": "2",
+        "SFT_EVAL__PROMPTS": json.dumps(PROMPTS),
+        "SFT_EVAL__MAX_NEW_TOKENS": "80",
         "SFT_RUNTIME__LOG_FORMAT": "text",
         "SFT_RUNTIME__WORK_DIR": str(DEMO / "work"),
         "SFT_RUNTIME__TERMINATION_LOG": str(DEMO / "termination.json"),
@@ -121,35 +124,17 @@ def show_learning(adapter: Path) -> None:
     """Print the loss by step, and on the held-out rows before and after."""
     losses = [json.loads(line)["loss"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     print("   loss by step:", " ".join(f"{loss:.2f}" for loss in losses))
-    metrics = json.loads((adapter / "manifest.json").read_text())["metrics"]
-    print(f"   held-out loss: {metrics['eval_loss_base']:.3f} before, {metrics['eval_loss']:.3f} after")
+    evaluation = json.loads((adapter / "evaluation.json").read_text())
+    if evaluation["loss"] is not None:
+        print(f"   held-out loss: {LossChange(**evaluation['loss']).describe()}")
 
 
-def show_answers(model_id: str, base_model: Path, adapter: Path) -> None:
-    """Answer one question with the base model and with the adapter on it."""
-    # peft asks transformers 5 for things by names that 6 won't have.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    base = AutoModelForCausalLM.from_pretrained(base_model if model_id.startswith("s3://") else model_id)
-    model = PeftModel.from_pretrained(base, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
-    def answer() -> str:
-        output = model.generate(**inputs, max_new_tokens=80, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-    print(f"   question: {QUESTION}")
-    with torch.no_grad(), model.disable_adapter():
-        print(f"   before:   {answer()}")
-    with torch.no_grad():
-        print(f"   after:    {answer()}")
+def show_answers(adapter: Path) -> None:
+    """Print what the base model and the adapter answered."""
+    for sample in json.loads((adapter / "evaluation.json").read_text())["samples"]:
+        print(f"   question: {sample['messages'][-1]['content'] if sample['messages'] else sample['prompt']}")
+        print(f"   before:   {sample['before']}")
+        print(f"   after:    {sample['after']}")
 
 
 def show_use(prefix: str) -> None:

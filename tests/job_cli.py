@@ -38,6 +38,7 @@ def job_environment(folder: Path, **settings: object) -> dict[str, str]:
         "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-aws-credentials"),
         "AWS_EC2_METADATA_DISABLED": "true",
         "SFT_RUNTIME__LOG_FORMAT": "text",
+        "SFT_EVAL__SAMPLES": "0",  # answers take their time, and few tests look at them
         "SFT_RUNTIME__WORK_DIR": str(folder / "work"),
         "SFT_RUNTIME__TERMINATION_LOG": str(folder / "termination.json"),
     }

@@ -97,6 +97,7 @@ def _train_here(root: Path) -> Peak:
         train_tokens=root / "tokens.arrow",
         train_names=["rows.jsonl"],
         eval_tokens=None,
+        eval_names=["rows.jsonl"],
         pad_token_id=0,
         vocabulary_size=_VOCABULARY_USED,
         new_tokens=[],

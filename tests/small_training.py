@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from peft import PeftModel
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from job.handover import NewTokenInput, RunFolder, StopRequest, WorkerInputs
+from job.handover import NewTokenInput, RunFolder, SampleInputs, StopRequest, WorkerInputs
 from job.plan import TrainPlan
 from job.train.dataset import PadRows, TokenRows, join_rows
 from job.train.evaluate import evaluate_loss
@@ -63,10 +64,12 @@ def train_here(
     vocabulary: int = VOCABULARY,
     resume: Path | None = None,
     stop: StopRequest | None = None,
+    samples: SampleInputs | None = None,
 ) -> dict[str, Any]:
     """Train on random rows in which new tokens occur, and return the result; the adapter is in root/adapter.
 
-    `resume` is a checkpoint to go on from, `stop` what is asked for from the beginning.
+    `resume` is a checkpoint to go on from, `stop` what is asked for from the beginning. With `samples`, answers are in
+    the evaluation, as ids separated by blanks.
     """
     folder = RunFolder(root)
     folder.adapter.mkdir(parents=True)
@@ -74,6 +77,9 @@ def train_here(
         shutil.copytree(resume, folder.resume)
     if stop is not None:
         folder.stop_request.write_text(stop.model_dump_json())
+    if samples is not None:
+        folder.samples.write_text(samples.model_dump_json())
+        save_tokenizer(folder.tokenizer, vocabulary)
     write_rows(root / "tokens.arrow", [token.id for token in new_tokens])
     segments = np.column_stack([np.arange(ROWS), np.zeros(ROWS), np.full(ROWS, 12)]).astype(np.int64)
     np.save(folder.train_rows, segments[: plan.train_rows])
@@ -83,6 +89,7 @@ def train_here(
         train_tokens=root / "tokens.arrow",
         train_names=["rows.jsonl"],
         eval_tokens=None,
+        eval_names=["rows.jsonl"],
         pad_token_id=0,
         vocabulary_size=vocabulary,
         new_tokens=list(new_tokens),
@@ -95,6 +102,12 @@ def train_here(
     return folder.read_result()
 
 
+def save_tokenizer(path: Path, vocabulary: int) -> None:
+    """Save a tokenizer whose tokens are the numbers of their ids."""
+    words = Tokenizer(models.WordLevel({str(index): index for index in range(vocabulary)}, unk_token="0"))
+    words.save(str(path))
+
+
 def write_rows(path: Path, new_ids: Sequence[int]) -> None:
     """Write rows of 12 random tokens, all supervised; each begins and ends with the new ones."""
     generator = np.random.default_rng(0)
@@ -105,7 +118,8 @@ def write_rows(path: Path, new_ids: Sequence[int]) -> None:
         if new_ids:
             ids[: len(new_ids)] = ids[-len(new_ids) :] = new_ids
         rows.append(ids.tolist())
-    table = pa.table({"input_ids": pa.array(rows, tokens), "labels": pa.array(rows, tokens)})
+    places = {"file": pa.array([0] * ROWS, pa.int32()), "line": pa.array(range(1, ROWS + 1), pa.int64())}
+    table = pa.table({"input_ids": pa.array(rows, tokens), "labels": pa.array(rows, tokens)} | places)
     with pa.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table)
 

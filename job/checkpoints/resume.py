@@ -133,7 +133,7 @@ def keep_finished(prepared: Prepared, folder: RunFolder) -> None:
     kept = folder.root / FINISHED
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(folder.adapter, kept / folder.adapter.name)
-    for path in (folder.result, folder.metrics, folder.plan):
+    for path in (folder.result, folder.metrics, folder.plan, folder.evaluation):
         shutil.copy(path, kept)
     step = int(folder.read_result()["steps"])
     try:
@@ -159,8 +159,9 @@ def fetch_finished(prepared: Prepared, folder: RunFolder) -> TrainPlan | None:
         return None
     shutil.rmtree(folder.adapter)
     (kept / folder.adapter.name).rename(folder.adapter)
-    for name in (folder.result.name, METRICS, folder.plan.name):
-        (kept / name).replace(folder.root / name)
+    for name in (folder.result.name, METRICS, folder.plan.name, folder.evaluation.name):
+        if (kept / name).exists():  # an older version of the job has evaluated nothing
+            (kept / name).replace(folder.root / name)
     shutil.rmtree(kept)
     return TrainPlan.model_validate_json(folder.plan.read_bytes())
 

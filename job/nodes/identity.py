@@ -19,7 +19,8 @@ from job.settings_problems import DELIMITER, PREFIX
 
 _NOTHING = "nothing"
 _MOST_SHOWN = 10
-_NAMES_NO_RUN = (f"{PREFIX}OUTPUT{DELIMITER}", f"{PREFIX}PARALLEL{DELIMITER}", "the version of ")
+_PROMPTS = f"{PREFIX}EVAL{DELIMITER}PROMPTS"
+_NAMES_NO_RUN = (f"{PREFIX}OUTPUT{DELIMITER}", f"{PREFIX}PARALLEL{DELIMITER}", _PROMPTS, "the version of ")
 # Cores and memory may differ from node to node, and with them the notes.
 _NOT_SHARED = {"threads_per_process", "memory", "sources", "warnings"}
 
@@ -27,10 +28,11 @@ _NOT_SHARED = {"threads_per_process", "memory", "sources", "warnings"}
 def describe_run(prepared: Prepared) -> dict[str, Any]:
     """Return what a node is about to do, as JSON without secrets: values by name, and the data files in their order."""
     settings, inputs = prepared.settings, prepared.inputs
-    template = inputs.chat_template
+    template, samples = inputs.chat_template, prepared.dataset.samples
     return {
         "values": {
             **_name_settings(settings),
+            _PROMPTS: _NOTHING if samples is None else f"sha256 {_digest(samples.model_dump_json())}",
             "the base model's revision": inputs.base_model.revision,
             "the chat template": _NOTHING if template is None else f"sha256 {_digest(template.text)}",
             "the version of sft-job": job.__version__,

@@ -8,6 +8,7 @@ others.
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from peft import PeftModel
 
@@ -18,6 +19,7 @@ from job.plan import TrainPlan
 from job.train.checkpoint_files import CheckpointReader, write_checkpoint
 from job.train.collective import find_maximum, gather_bytes
 from job.train.early_stopping import EarlyStopping
+from job.train.evaluate import mean_loss
 from job.train.gather import find_trained, gather_one, replace_one
 from job.train.metrics import StepMetrics
 from job.train.optimizer_state import (
@@ -46,7 +48,7 @@ class Checkpoints:
         *,
         rank: int,
     ) -> None:
-        self.eval_loss_base: float | None = None
+        self.eval_rows_base: np.ndarray | None = None  # what `evaluate_rows` found of the base model
         self._plan = plan
         self._folder = folder
         self._model = model
@@ -90,8 +92,11 @@ class Checkpoints:
         for group in trainer.optimizer.param_groups:
             group["lr"] = state.learning_rate
         restore_loss_scale(trainer, plan, state.loss_scale)
-        self.eval_loss_base = state.eval_loss_base
-        self._metrics.go_on_from(state.metrics, checkpoint.metrics, state.eval_loss_base)
+        base = None
+        if checkpoint.list_names("evaluation"):
+            self.eval_rows_base = checkpoint.read("evaluation/base").cpu().numpy()
+            base = mean_loss(self.eval_rows_base)
+        self._metrics.go_on_from(state.metrics, checkpoint.metrics, base)
         self._metrics.saved_step = state.step
         if self._stopping is not None and state.stopping is not None:
             best = {name: checkpoint.read(f"best/{name}").cpu() for name in checkpoint.list_names("best")}
@@ -128,6 +133,8 @@ class Checkpoints:
             yield f"optimizer/{name}/{key}", state
         if self._stopping is not None:
             yield from ((f"best/{name}", best) for name, best in self._stopping.best_weights.items())
+        if self.eval_rows_base is not None:
+            yield "evaluation/base", torch.from_numpy(self.eval_rows_base)
         for kind, content in read_random_state(self._plan.device).items():
             for rank, of_rank in enumerate(gather_bytes(content, self._plan)):
                 yield f"random/{rank}/{kind}", of_rank
@@ -142,7 +149,6 @@ class Checkpoints:
             schedule_steps=schedule.last_epoch,
             learning_rate=schedule.get_last_lr()[0],  # the same for all that is trained
             loss_scale=read_loss_scale(self._trainer, self._plan),
-            eval_loss_base=self.eval_loss_base,
             metrics=self._metrics.read_state(),
             stopping=None if self._stopping is None else self._stopping.read_state(),
         )

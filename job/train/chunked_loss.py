@@ -33,7 +33,8 @@ def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None
     """Have the base model compute the loss in chunks whenever it is given labels; its output then has no logits.
 
     Its forward takes `num_items_in_batch`, the supervised tokens that the sum of the losses is divided by, as
-    transformers' own models do; without it the loss is the mean. Do it before the Trainer looks at the model.
+    transformers' own models do; without it the loss is the mean. With `by_token`, which takes no gradient, the loss is
+    (B, T): that of each label, 0 where there is none. Do it before the Trainer looks at the model.
     `same_on_all_processes`: as many chunks on each, for an engine that gathers the head's weights for each.
     """
     base: PreTrainedModel = model.get_base_model()
@@ -43,6 +44,7 @@ def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None
         *,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        by_token: bool = False,
         is_proof: bool = False,
         **batch: Any,
     ) -> Any:
@@ -52,38 +54,50 @@ def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None
             return full_forward(**batch)
         # The head is called here, inside of the model's forward, because sharding engines gather its weights there.
         hidden = base.base_model(**batch).last_hidden_state  # (B, T, D)
-        total, tokens = _sum_losses(base, hidden, labels, same_on_all_processes=same_on_all_processes)
-        return CausalLMOutputWithPast(loss=total / (tokens if num_items_in_batch is None else num_items_in_batch))
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, T): each position's next token
+        supervised = targets != IGNORED
+        chosen, aims = hidden[supervised], targets[supervised]  # (N, D), (N,)
+        chunks = _count_chunks(aims, same_on_all_processes=same_on_all_processes)
+        if by_token:
+            losses = torch.zeros(labels.shape, device=labels.device)
+            losses[supervised] = _find_losses(base, chosen, aims, chunks)
+            return CausalLMOutputWithPast(loss=losses.roll(1, dims=1))  # the last position has no next token
+        total = _sum_losses(base, chosen, aims, chunks)
+        return CausalLMOutputWithPast(loss=total / (len(aims) if num_items_in_batch is None else num_items_in_batch))
 
     base.forward = forward
 
 
-def _sum_losses(
-    base: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, *, same_on_all_processes: bool
-) -> tuple[torch.Tensor, int]:
-    """Return the sum of the losses, a float32 scalar, and the number of the supervised tokens."""
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # (B * T,): each position's next token
-    supervised = targets != IGNORED
-    chosen, targets = hidden.flatten(0, 1)[supervised], targets[supervised]  # (N, D), (N,)
+def _count_chunks(targets: torch.Tensor, *, same_on_all_processes: bool) -> int:
     # Without any supervised token, the head runs on nothing: every weight must get a gradient on every process.
     chunks = max(1, math.ceil(len(targets) / LOSS_CHUNK_TOKENS))
     if same_on_all_processes:
-        most = torch.tensor(chunks, device=hidden.device)
+        most = torch.tensor(chunks, device=targets.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         chunks = int(most)
+    return chunks
+
+
+def _sum_losses(base: PreTrainedModel, chosen: torch.Tensor, targets: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Return the sum of the losses of chosen hidden states (N, D), given their targets (N,): a float32 scalar."""
+    if not torch.is_grad_enabled():
+        return _find_losses(base, chosen, targets, chunks).sum()
+    weights = [weight for weight in base.parameters() if weight.requires_grad]
+    total: torch.Tensor = _ChunkedLoss.apply(base.get_output_embeddings(), chunks, chosen, targets, *weights)  # type: ignore[no-untyped-call]
+    return total
+
+
+@torch.no_grad()
+def _find_losses(base: PreTrainedModel, chosen: torch.Tensor, targets: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Return the loss (N,) of each of the chosen hidden states (N, D)."""
     head = base.get_output_embeddings()
-    if torch.is_grad_enabled():
-        weights = [weight for weight in base.parameters() if weight.requires_grad]
-        total: torch.Tensor = _ChunkedLoss.apply(head, chunks, chosen, targets, *weights)  # type: ignore[no-untyped-call]
-    else:
-        pieces = zip(chosen.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-        total = torch.stack([_sum_chunk(head, piece, aims) for piece, aims in pieces]).sum()
-    return total, len(targets)
+    pieces = zip(chosen.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    return torch.cat([_lose_chunk(head, piece, aims, reduction="none") for piece, aims in pieces])
 
 
-def _sum_chunk(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _lose_chunk(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, reduction: str) -> torch.Tensor:
     logits = head(hidden).float()  # (n, V)
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return nn.functional.cross_entropy(logits, targets, reduction=reduction)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -102,7 +116,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for piece, aims in zip(chosen.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
-                loss = _sum_chunk(head, leaf, aims)
+                loss = _lose_chunk(head, leaf, aims, reduction="sum")
             with torch.autocast(chosen.device.type, enabled=False):  # what ran under it goes back in the same precision
                 first, *others = torch.autograd.grad(loss, [leaf, *weights], allow_unused=True)
             total += loss.detach()

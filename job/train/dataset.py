@@ -58,6 +58,22 @@ class TokenRows(Dataset[Row]):
         lengths: np.ndarray = self._segments[:, 2] - self._segments[:, 1]
         return lengths
 
+    def sources(self, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Return the rows that the segments are of, int64 (R,) ascending, and where these stand, given the names of the
+        data files: `a.jsonl:3`, without the folders where the files' own names tell them apart."""
+        rows = np.unique(self._segments[:, 0])
+        short = [name.rsplit("/", 1)[-1] for name in names]
+        shown = short if len(set(short)) == len(names) else names
+        files, lines = (self._table[column].take(pa.array(rows)).to_pylist() for column in ("file", "line"))
+        return rows, [f"{shown[file]}:{line}" for file, line in zip(files, lines, strict=True)]
+
+    def add_up(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums (R, ...) of the segments' values (N, ...) over each of the rows of `sources`."""
+        rows, places = np.unique(self._segments[:, 0], return_inverse=True)
+        sums = np.zeros((len(rows), *values.shape[1:]), dtype=values.dtype)
+        np.add.at(sums, places, values)
+        return sums
+
     def describe(self, indices: np.ndarray, names: Sequence[str]) -> str:
         """Return where segments come from, given the names of the data files: `a.jsonl:3, 17; b.jsonl:1`."""
         rows = np.unique(self._segments[indices, 0])

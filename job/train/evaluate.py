@@ -1,18 +1,70 @@
-"""The held-out loss, shared among all processes."""
+"""The held-out loss of each row, shared among all processes."""
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from job.plan import TrainPlan
 from job.train.dataset import IGNORED, Collate, TokenRows
-from job.train.loss import sum_losses
+from job.train.loss import find_losses
 
 
-@torch.no_grad()
+def evaluate_rows(
+    model: nn.Module,
+    rows: TokenRows,
+    plan: TrainPlan,
+    collate: Collate,
+    *,
+    rank: int,
+    beat: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Return the loss of each of N rows, summed over its supervised tokens, in nats, and how many these are: float64
+    (N, 2), shared among the processes.
+
+    Each process must call it; all get the same numbers. `beat` is called after each micro batch. `model` computes its
+    loss as the plan says (see `find_losses`).
+    """
+    device = torch.device(plan.device)
+    sums = torch.zeros((len(rows), 2), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    stride = plan.micro_batch_size * plan.world_size
+    mine = range(rank, len(rows), plan.world_size)
+    for turn in range(math.ceil(len(rows) / stride)):  # as often on every process: an engine may gather weights in it
+        indices = mine[turn * plan.micro_batch_size : (turn + 1) * plan.micro_batch_size]
+        taken = [rows[index] for index in indices or [0]]
+        batch = {name: values.to(device) for name, values in collate(taken).items()}
+        labels = batch.pop("labels")  # (B, T)
+        losses = find_losses(model, batch, labels, plan)
+        if indices:
+            lengths = [len(row["input_ids"]) for row in taken]
+            both = (_sum_by_row(losses.double(), lengths), _sum_by_row((labels != IGNORED).double(), lengths))
+            sums[list(indices)] = torch.stack(both, dim=1).cpu()  # (B, 2)
+        beat()
+    model.train(was_training)
+    if plan.world_size > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    found: np.ndarray = sums.cpu().numpy()
+    return found
+
+
+def _sum_by_row(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Return the sum (N,) over each row's tokens, of values (N, T) of padded rows or (1, T) of joined ones."""
+    if len(values) == len(lengths):
+        return values.sum(dim=1)
+    return torch.stack([part.sum() for part in torch.split(values[0], lengths)])
+
+
+def mean_loss(rows: np.ndarray) -> float:
+    """Return the mean loss per supervised token, in nats, of what `evaluate_rows` found."""
+    return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+
 def evaluate_loss(
     model: nn.Module,
     rows: TokenRows,
@@ -22,27 +74,5 @@ def evaluate_loss(
     rank: int,
     beat: Callable[[], None] = lambda: None,
 ) -> float:
-    """Return the mean loss per supervised token over the rows, in nats, shared among the processes.
-
-    Each process must call it; all get the same number. `beat` is called after each micro batch.
-    """
-    device = torch.device(plan.device)
-    sums = torch.zeros(2, dtype=torch.float64)  # loss, supervised tokens
-    was_training = model.training
-    model.eval()
-    stride = plan.micro_batch_size * plan.world_size
-    mine = range(rank, len(rows), plan.world_size)
-    for turn in range(math.ceil(len(rows) / stride)):  # as often on every process: an engine may gather weights in it
-        indices = mine[turn * plan.micro_batch_size : (turn + 1) * plan.micro_batch_size]
-        batch = collate([rows[index] for index in indices or [0]])
-        batch = {name: values.to(device) for name, values in batch.items()}
-        labels = batch.pop("labels")  # (B, T)
-        loss = sum_losses(model, batch, labels, plan)
-        if indices:
-            sums += torch.tensor([loss.item(), (labels[:, 1:] != IGNORED).sum().item()], dtype=torch.float64)
-        beat()
-    model.train(was_training)
-    if plan.world_size > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+    """Return the mean loss per supervised token over the rows, in nats; for the rest see `evaluate_rows`."""
+    return mean_loss(evaluate_rows(model, rows, plan, collate, rank=rank, beat=beat))

@@ -58,6 +58,12 @@ def replace_one(weight: nn.Parameter, whole: torch.Tensor, engine: Engine) -> No
         safe_set_full_fp32_param(weight, whole)  # what the optimizer steps
 
 
+def replace_trained(model: PeftModel, weights: dict[str, torch.Tensor], engine: Engine) -> None:
+    """Put what `gather_trained` returned into the places of the trained weights."""
+    for name, weight in find_trained(model).items():
+        replace_one(weight, weights[name].to(weight.device), engine)
+
+
 @torch.no_grad()
 def gather_frozen(weight: torch.Tensor) -> torch.Tensor:
     """Return a copy of a weight that isn't trained, whole and in float32, in host memory."""

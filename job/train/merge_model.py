@@ -61,7 +61,7 @@ def merge_model(plan: TrainPlan, inputs: WorkerInputs, folder: RunFolder) -> Non
     measured = _check_same([_read(merged, row) for row in rows], expected, merged.dtype)
     if len(eval_rows) and device.type == plan.device:
         merged.config.use_cache = False  # with a cache, joined rows would see each other
-        alone = plan.model_copy(update={"nodes": 1, "processes": 1})
+        alone = plan.model_copy(update={"nodes": 1, "processes": 1, "loss": "full"})
         collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
         merged.to(getattr(torch, plan.dtype))
         measured["eval_loss_merged"] = evaluate_loss(merged, eval_rows, alone, collate, rank=0)

@@ -1,5 +1,5 @@
 """What a worker does, top to bottom: model loaded, promises checked, checkpoint restored or base model evaluated,
-trained, evaluated again, saved."""
+trained, saved, evaluated again."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from job.errors import InternalError, PreemptedError
-from job.handover import RunFolder, WorkerInputs, write_whole
+from job.handover import RunFolder, SampleInputs, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import save_adapter
@@ -21,6 +21,7 @@ from job.train.beats import Beats
 from job.train.checkpoint import Checkpoints
 from job.train.checkpoint_files import open_checkpoint
 from job.train.chunked_loss import check_loss_can_be_chunked, chunk_loss
+from job.train.collective import find_maximum
 from job.train.dataset import PadRows, TokenRows, join_rows
 from job.train.early_stopping import EarlyStopping
 from job.train.engine import (
@@ -31,14 +32,16 @@ from job.train.engine import (
     prepare_engine,
     settle_gradient_buckets,
 )
-from job.train.evaluate import evaluate_loss
-from job.train.gather import gather_trained
+from job.train.evaluate import evaluate_rows, mean_loss
+from job.train.final_evaluation import FinalEvaluation
+from job.train.gather import gather_trained, replace_trained
 from job.train.heartbeat import Pulse
 from job.train.liger import check_liger_serves
 from job.train.metrics import StepMetrics
 from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
 from job.train.out_of_memory import no_smaller_step_helps
 from job.train.peak_memory import compare_with_estimate, measure_peak
+from job.train.samples import Answerer
 from job.train.stepping import StepControl
 from job.train.trackers import Trackers
 from job.train.trainer import StreamTrainer, training_arguments
@@ -91,11 +94,12 @@ def train(
     trainable, total = model.get_nb_trainable_parameters()
     result: dict[str, Any] = {"trainable_parameters": trainable, "total_parameters": total}
 
-    def evaluate() -> float:
-        return evaluate_loss(callable_model(plan, trainer), eval_rows, plan, collate, rank=rank, beat=pulse.beat)
+    def evaluate(beat: Callable[[], None] = pulse.beat, micro_batch_size: int = plan.micro_batch_size) -> np.ndarray:
+        taken = plan.model_copy(update={"micro_batch_size": micro_batch_size})
+        return evaluate_rows(callable_model(plan, trainer), eval_rows, taken, collate, rank=rank, beat=beat)
 
     gather = partial(gather_trained, model, plan.engine)
-    stopping = _early_stopping(plan, evaluate, gather, metrics)
+    stopping = _early_stopping(plan, lambda: mean_loss(evaluate()), gather, metrics)
     checkpoints = Checkpoints(plan, folder, model, trainer, metrics, stopping, rank=rank)
     control = StepControl(
         plan, folder, metrics, stopping, rank=rank, remember_step=remember_step, save=checkpoints.save
@@ -115,8 +119,8 @@ def train(
             checkpoints.say_how_exact(checkpoint.state)
         elif plan.eval_rows:
             # A fresh adapter adds nothing, so this is the base model's.
-            checkpoints.eval_loss_base = evaluate()
-            metrics.announce_base(checkpoints.eval_loss_base)
+            checkpoints.eval_rows_base = evaluate()
+            metrics.announce_base(mean_loss(checkpoints.eval_rows_base))
         say("training")
         metrics.start_clock()
 
@@ -135,17 +139,35 @@ def train(
         result |= {"best_step": stopping.best_step, "stopped_early": stopping.stopped_early}
     if control.finished_by is not None:
         result["stopped_by"] = control.finished_by
-    if checkpoints.eval_loss_base is not None:
-        result["eval_loss_base"] = checkpoints.eval_loss_base
-        result["eval_loss"] = evaluate() if stopping is None else stopping.best_loss
-        best_step = steps if stopping is None else stopping.best_step
-        metrics.announce_result(best_step, result["eval_loss_base"], result["eval_loss"])
+    if checkpoints.eval_rows_base is not None and np.isfinite(checkpoints.eval_rows_base).all():
+        result["eval_loss_base"] = mean_loss(checkpoints.eval_rows_base)
+        result |= {} if stopping is None else {"eval_loss": stopping.best_loss}
     weights = gather() if stopping is None else stopping.best_weights
     pulse.beat()
     save_adapter(model, weights, folder.adapter, rank=rank)
     if rank == 0:
         compare_with_estimate(plan, int(result["peak_memory_bytes"]))
         write_whole(folder.result, json.dumps(result, allow_nan=False))
+    _say_trained(plan, folder, rank)
+
+    # From here on, nothing is lost whatever happens.
+    if stopping is not None:
+        replace_trained(model, weights, plan.engine)
+    announce = partial(metrics.announce_result, steps if stopping is None else stopping.best_step)
+    final = FinalEvaluation(plan, folder, rank=rank, pulse=pulse, announce=announce)
+    if checkpoints.eval_rows_base is not None:
+        final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, lambda size: evaluate(final.beat, size))
+    if folder.samples.exists():
+        samples = SampleInputs.model_validate_json(folder.samples.read_bytes())
+        base, pad = model.get_base_model(), inputs.pad_token_id
+        answerer = Answerer(callable_model(plan, trainer), base, pad, plan, rank=rank, beat=final.beat)
+        final.ask(samples, model, answerer)
+
+
+def _say_trained(plan: TrainPlan, folder: RunFolder, rank: int) -> None:
+    find_maximum([0], plan)  # rank 0 has written all
+    if rank % plan.processes == 0:
+        folder.trained.touch()
 
 
 def _load(plan: TrainPlan, inputs: WorkerInputs) -> PeftModel:

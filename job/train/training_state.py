@@ -61,7 +61,6 @@ class TrainingState(BaseModel):
     schedule_steps: int
     learning_rate: float
     loss_scale: LossScale | None
-    eval_loss_base: float | None
     metrics: MetricsState
     stopping: StoppingState | None
 

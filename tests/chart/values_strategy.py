@@ -24,8 +24,10 @@ ODD = (
 Schema = dict[str, Any]
 
 
-def values_of(schema: Schema) -> st.SearchStrategy[Any]:
+def values_of(schema: Schema | bool) -> st.SearchStrategy[Any]:
     """Return a strategy for what a schema accepts: with `not` and patterns by drawing again."""
+    if isinstance(schema, bool):  # anything
+        return st.text(max_size=8) | st.integers(-9, 9)
     drawn = _draw(schema)
     if {"not", "pattern"} & schema.keys():
         is_valid = jsonschema.Draft202012Validator(schema).is_valid
@@ -48,7 +50,8 @@ def _draw(schema: Schema) -> st.SearchStrategy[Any]:
 def _strings(schema: Schema) -> st.SearchStrategy[str]:
     texts = st.lists(st.sampled_from(ODD) | st.text(max_size=8), min_size=1, max_size=3).map("".join)
     paths = st.text("abc/*{}run_id[0].-", min_size=1, max_size=12)
-    uris = st.builds("{}{}".format, st.sampled_from(["s3://", "hf://datasets/", "/", ""]), paths)
+    schemes, endings = st.sampled_from(["s3://", "hf://datasets/", "/", ""]), st.sampled_from(["", ".jsonl"])
+    uris = st.builds("{}{}{}".format, schemes, paths, endings)
     least = schema.get("minLength", 0)
     drawn = (texts | uris).filter(lambda text: len(text) >= least)
     return drawn | st.from_regex(schema["pattern"], fullmatch=True) if "pattern" in schema else drawn

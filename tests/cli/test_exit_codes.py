@@ -413,3 +413,13 @@ def test_a_base_model_with_infinite_weights(
     assert_ended(ended, on_disk, 80, f"SFT_MODEL__ID={model}", "NaN or infinite")
     assert ended.outcome["step"] == 0
     assert "SFT_TRAIN__LEARNING_RATE" not in ended.outcome["hint"]  # it isn't to blame
+
+
+def test_prompts_that_cannot_be_asked(on_disk: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    on_disk["SFT_EVAL__PROMPTS"] = str(path)
+    refuse(on_disk, 66, f"SFT_EVAL__PROMPTS={path}")
+    write_rows(path, ["Who are you?", {"question": "And you?"}])
+    refuse(on_disk, 65, "prompts.jsonl:2: not a prompt")
+    on_disk["SFT_EVAL__PROMPTS"] = '[[{"role": "boss", "content": "Who are you?"}]]'
+    refuse(on_disk, 78, "SFT_EVAL__PROMPTS[0]: messages[0] has the role 'boss'")

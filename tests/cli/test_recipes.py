@@ -408,6 +408,7 @@ def test_qlora_support_bot(tiny_model: Path, tmp_path: Path) -> None:
         SAMPLES / "qlora-support-bot.jsonl",
         DATA__EVAL_FRACTION=0.25,
         TRAIN__LEARNING_RATE=1e-2,  # of a model that knows nothing
+        EVAL__MAX_NEW_TOKENS=6,
     )
     assert [supervised for _, supervised in run.decode_rows()] == [row["output"] + END for row in rows]
     assert (run.plan["quantization"], run.plan["lora_r"], run.plan["lora_alpha"]) == ("nf4", 16, 32)
@@ -418,10 +419,15 @@ def test_qlora_support_bot(tiny_model: Path, tmp_path: Path) -> None:
     check_trainable_summary(run, by_layer=16 * 2 * (64 + 64) + 16 * 2 * (64 + 32))
     assert "in 4 bits (NF4, double quantisation)" in (run.slot / "README.md").read_text()
     model, tokenizer = load_as_the_card_says(run)  # the base model as it was published
-    for row in rows[:3]:
-        after = answer(model, tokenizer, row["instruction"])
+    samples = json.loads((run.slot / "evaluation.json").read_text())["samples"]
+    recipe = read_recipe(ROOT / "tests" / "recipes" / "qlora-support-bot.env")
+    questions = json.loads(recipe["SFT_EVAL__PROMPTS"])
+    assert [sample["messages"] for sample in samples] == [[{"role": "user", "content": one}] for one in questions]
+    for question, sample in zip(questions, samples, strict=True):
+        assert sample["before"] != sample["after"]
+        after = answer(model, tokenizer, question)
         with model.disable_adapter():
-            assert answer(model, tokenizer, row["instruction"]) != after
+            assert answer(model, tokenizer, question) != after
 
 
 def answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", question: str) -> str:

@@ -1,8 +1,9 @@
 """The whole job through its command line: trained, published, read back, and not trained again."""
 
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from base_model import get_base_model
@@ -17,6 +18,7 @@ PUBLISHED = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "evaluation.json",
     "manifest.json",
     "metrics.jsonl",
     "plan.json",
@@ -28,6 +30,26 @@ PUBLISHED = {
 
 def read_losses(slot: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (slot / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_evaluation(evaluation: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Compare what is published of the evaluation with the manifest's metrics and the held-out rows."""
+    assert evaluation["problems"] == []
+    assert [row["line"] for row in evaluation["rows"]] == [f"eval.jsonl:{line}" for line in range(1, 13)]
+    loss = evaluation["loss"]
+    assert (loss["rows"], loss["loss_base"], loss["loss"]) == (12, metrics["eval_loss_base"], metrics["eval_loss"])
+    assert (loss["change_low"], loss["change_high"]) == (
+        metrics["eval_loss_change_low"],
+        metrics["eval_loss_change_high"],
+    )
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    held_out = [json.loads(line) for line in (SHOP / "eval.jsonl").read_text().splitlines()]
+    assert len(evaluation["samples"]) == 2
+    for sample, row in zip(evaluation["samples"], held_out, strict=False):
+        assert sample["messages"] == [{"role": "user", "content": row["prompt"]}]
+        assert sample["reference"] == row["completion"]
+        assert sample["prompt"].endswith("<|im_start|>assistant\n")
+        assert None not in (sample["before"], sample["after"])
 
 
 def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
@@ -45,6 +67,8 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
         OUTPUT__URI=f"s3://{bucket}/out/{{run_id}}",
         TRAIN__EPOCHS=1,
         TRAIN__LEARNING_RATE=5e-3,
+        EVAL__SAMPLES=2,
+        EVAL__MAX_NEW_TOKENS=4,
     )
     environment |= seaweed.environment()
 
@@ -66,6 +90,9 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     ]
     config = json.loads(s3_client.get_object(Bucket=bucket, Key=prefix + "adapter_config.json")["Body"].read())
     assert config["base_model_name_or_path"] == f"s3://{bucket}/models/tiny"
+    evaluation = json.loads(s3_client.get_object(Bucket=bucket, Key=prefix + "evaluation.json")["Body"].read())
+    check_evaluation(evaluation, manifest["metrics"])
+    assert "held-out loss: " in first.output
     everything = first.output + json.dumps(manifest)
     assert seaweed.secret_key not in everything
     assert seaweed.access_key not in everything

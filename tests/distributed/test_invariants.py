@@ -1,5 +1,6 @@
 """However a global batch is split - into micro batches, among processes, by which engine, joined or padded -, the run
-learns the same: one course of losses and gradient norms, one adapter.
+learns the same: one course of losses and gradient norms, one adapter; and it measures the same, row by row, and answers
+the same.
 
 What could tell the ways apart is all here: answers of different lengths, clipping that bites at every step, a warmup,
 rows that are no multiple of the global batch, held-out rows that are no multiple of the processes.
@@ -13,6 +14,8 @@ import pytest
 import torch
 from job_cli import SHOP, job_environment, run_job
 from safetensors.torch import load_file
+
+from job.evaluation import Evaluation, read_evaluation
 
 GLOBAL_BATCH = 8
 ROWS = 21  # 2 passes are 6 steps, whose last batch holds the first rows of a third pass
@@ -31,6 +34,7 @@ TOLERANCES = {
     "grad_norm": 1e-5,
 }
 WEIGHT_TOLERANCE = 2e-5
+ROW_TOLERANCE = 1e-4  # of a row's mean loss; few tokens average out less
 
 SPLITS = [  # engine, processes, micro batch size, gradient accumulation steps, packing
     ("ddp", 1, 4, 2, "true"),
@@ -47,8 +51,8 @@ SPLITS = [  # engine, processes, micro batch size, gradient accumulation steps, 
 
 def train(
     folder: Path, model: Path, *, engine: str, processes: int, micro: int, packing: str
-) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Train, and return plan, metrics and adapter."""
+) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, torch.Tensor], Evaluation]:
+    """Train, and return plan, metrics, adapter and evaluation."""
     folder.mkdir()
     for name, rows in (("train", ROWS), ("eval", HELD_OUT_ROWS)):
         lines = (SHOP / f"{name}.jsonl").read_text().splitlines()[:rows]
@@ -72,6 +76,8 @@ def train(
             TRAIN__LOGGING_STEPS=1,
             PARALLEL__ENGINE=engine,
             PARALLEL__PROCESSES=processes,
+            EVAL__SAMPLES=3,
+            EVAL__MAX_NEW_TOKENS=4,
         )
     )
     assert ended.code == 0, ended.output
@@ -80,19 +86,24 @@ def train(
     metrics = [json.loads(line) for line in (slot / "metrics.jsonl").read_text().splitlines()]
     manifest = json.loads((slot / "manifest.json").read_text())
     metrics.append({name: manifest["metrics"][name] for name in ("eval_loss_base", "eval_loss")})
-    return plan, metrics, load_file(slot / "adapter_model.safetensors")
+    return plan, metrics, load_file(slot / "adapter_model.safetensors"), read_evaluation(slot / "evaluation.json")
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, Any]:
     """The run whose every step is one forward pass of the global batch, padded."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    plan, metrics, adapter = train(folder, tiny_model, engine="ddp", processes=1, micro=GLOBAL_BATCH, packing="false")
+    plan, metrics, adapter, evaluation = train(
+        folder, tiny_model, engine="ddp", processes=1, micro=GLOBAL_BATCH, packing="false"
+    )
     assert plan["gradient_accumulation_steps"] == 1
     assert plan["steps"] * GLOBAL_BATCH > 2 * ROWS
     assert plan["warmup_steps"] == 2
     assert all(record["grad_norm"] > 2 * MAX_GRAD_NORM for record in metrics[:-1])
-    return plan, metrics, adapter
+    assert len(evaluation.rows) == HELD_OUT_ROWS
+    assert len(evaluation.samples) == 3
+    assert any(sample.before != sample.after for sample in evaluation.samples)
+    return plan, metrics, adapter, evaluation
 
 
 @pytest.mark.parametrize(("engine", "processes", "micro", "accumulation", "packing"), SPLITS)
@@ -102,12 +113,12 @@ def test_every_split_learns_the_same(
     micro: int,
     accumulation: int,
     packing: str,
-    reference: tuple[Any, Any, Any],
+    reference: tuple[Any, Any, Any, Any],
     tiny_model: Path,
     tmp_path: Path,
 ) -> None:
-    _, expected_metrics, expected = reference
-    plan, metrics, adapter = train(
+    _, expected_metrics, expected, expected_evaluation = reference
+    plan, metrics, adapter, evaluation = train(
         tmp_path / "run", tiny_model, engine=engine, processes=processes, micro=micro, packing=packing
     )
     assert (plan["engine"], plan["processes"], plan["gradient_accumulation_steps"]) == (engine, processes, accumulation)
@@ -116,6 +127,11 @@ def test_every_split_learns_the_same(
         for name, tolerance in TOLERANCES.items():
             if name in other:
                 assert record[name] == pytest.approx(other[name], abs=tolerance), (name, record, other)
+    assert (evaluation.problems, evaluation.samples) == ([], expected_evaluation.samples)
+    for row, other in zip(evaluation.rows, expected_evaluation.rows, strict=True):
+        assert (row.line, row.supervised_tokens) == (other.line, other.supervised_tokens)
+        assert row.loss_base == pytest.approx(other.loss_base, abs=ROW_TOLERANCE)
+        assert row.loss == pytest.approx(other.loss, abs=ROW_TOLERANCE)
     assert adapter.keys() == expected.keys()
     difference = max((weight - expected[name]).abs().max().item() for name, weight in adapter.items())
     assert difference < WEIGHT_TOLERANCE

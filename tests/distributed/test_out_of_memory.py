@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from job_cli import ROOT, SHOP, Ended, job_environment, run_job, start_job
 
+from job.evaluation import read_evaluation
 from job.manifest import hash_file
 
 GLOBAL_BATCH = 8
@@ -28,11 +29,13 @@ if ("-m", "job.train.worker") in pairwise(sys.orig_argv):
     calls = 0
     embed = torch.nn.Embedding.forward
     plan = json.load(open(os.path.join(sys.orig_argv[-2], "plan.json")))
+    trained = os.path.join(sys.orig_argv[-2], "trained")
 
     def forward(self, ids):
         global calls
         calls += torch.is_grad_enabled()  # forward passes that learn
         names = {"sequences": len(ids), "calls": calls, "rank": int(os.environ.get("RANK", 0)), "plan": plan}
+        names["is_trained"] = os.path.exists(trained)
         if eval(os.environ["OUT_OF_MEMORY_WHEN"], names):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
         if calls == 1 and "SPARE_MIB" in os.environ:
@@ -181,3 +184,48 @@ def test_host_memory_that_really_ends(tiny_model: Path, tmp_path: Path) -> None:
     _, plan = published(job)
     assert "out of host memory: " in job.output
     assert plan["micro_batch_size"] < 8  # type: ignore[operator]
+
+
+MEASURED: dict[str, object] = {
+    "DATA__EVAL_URI": SHOP / "eval.jsonl",
+    "DATA__EVAL_FRACTION": "",  # which the other tests set
+    "EVAL__SAMPLES": 3,
+    "EVAL__MAX_NEW_TOKENS": 4,
+    "TRAIN__MICRO_BATCH_SIZE": 2,
+}
+
+
+def test_one_rank_of_two_while_the_adapter_is_evaluated(tiny_model: Path, tmp_path: Path) -> None:
+    whole, _ = published(run_job(environment(tiny_model, tmp_path / "whole", **MEASURED)))
+    expected = read_evaluation(whole / "evaluation.json")
+    when = "is_trained and rank == 1 and sequences > 1"
+    job = run_job(environment(tiny_model, tmp_path / "one", when=when, PARALLEL__PROCESSES=2, **MEASURED))
+    slot, plan = published(job)
+    assert (plan["micro_batch_size"], plan["processes"]) == (2, 2)  # nothing was trained again
+    assert "out of memory while computing the held-out loss: one at a time" in job.output
+    found = read_evaluation(slot / "evaluation.json")
+    assert (found.problems, found.samples) == ([], expected.samples)
+    assert [row.line for row in found.rows] == [row.line for row in expected.rows]
+    assert [row.loss for row in found.rows] == pytest.approx([row.loss for row in expected.rows], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "problem"),
+    [
+        ("ddp", "the held-out loss: out of memory, even for one at a time"),
+        ("zero3", "the evaluation failed: out of GPU memory: CUDA out of memory. Tried to allocate 7.00 GiB"),
+    ],
+)
+def test_no_memory_for_an_evaluation_costs_its_figures_only(
+    engine: str, problem: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = MEASURED | {"PARALLEL__PROCESSES": 2, "PARALLEL__ENGINE": engine}
+    job = run_job(environment(tiny_model, tmp_path / "run", when="is_trained and rank == 1", **settings))
+    slot, _ = published(job)
+    found = read_evaluation(slot / "evaluation.json")
+    assert found.loss is None
+    assert found.problems[0] == problem
+    metrics = json.loads((slot / "manifest.json").read_text())["metrics"]
+    assert "eval_loss_base" in metrics
+    assert "eval_loss" not in metrics
+    assert job.output.count("== training") == 1

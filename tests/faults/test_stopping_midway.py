@@ -103,6 +103,29 @@ def test_sigterm_and_resume(
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("ends", ["the job is told to stop", "a worker dies"])
+def test_an_evaluation_that_is_cut_short_leaves_the_adapter(ends: str, tiny_model: Path, tmp_path: Path) -> None:
+    environment = make_environment(
+        tmp_path, tiny_model, TRAIN__MAX_STEPS=3, PARALLEL__PROCESSES=2, EVAL__SAMPLES=4, EVAL__MAX_NEW_TOKENS=400
+    )
+    with RunningJob(environment) as job:
+        job.wait_for("(95 % interval ")  # the answers are next
+        if ends == "a worker dies":
+            job.worker(1).kill()
+            problem = "the evaluation failed: worker 1 of 2 died without saying why"
+        else:
+            job.process.send_signal(signal.SIGTERM)
+            problem = "the answers to prompts: the run was told to stop before it was known"
+        job.process.wait(timeout=60)
+        assert job.process.returncode == 0, job.output
+    manifest = json.loads((tmp_path / "slot" / "manifest.json").read_text())
+    evaluation = json.loads((tmp_path / "slot" / "evaluation.json").read_text())
+    assert evaluation["loss"]["loss"] == manifest["metrics"]["eval_loss"]
+    assert [found.startswith(problem) for found in evaluation["problems"]] == [True], evaluation["problems"]
+    assert problem.split(": ", 1)[1] in job.output
+    assert not (tmp_path / "slot" / "checkpoint").exists()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_every_process_at_once(
     processes: int, tiny_model: Path, tmp_path: Path, undisturbed: Callable[..., bytes]

@@ -1,6 +1,7 @@
 """One of two processes that train a small model by FSDP2 on a CPU, compare with a model that isn't split, and go on."""
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from job.handover import PromptInput, SampleInputs
 from job.train.adapter import save_adapter
-from job.train.gather import find_trained, gather_frozen, gather_one, gather_trained, replace_one
+from job.train.gather import (
+    find_trained,
+    gather_frozen,
+    gather_one,
+    gather_trained,
+    replace_one,
+    replace_trained,
+)
 from job.train.optimizer_state import gather_states, restore_states
+from job.train.samples import Answerer
 
 STEPS = 3
 
@@ -88,6 +98,27 @@ def go_on(ids: torch.Tensor) -> None:
     assert not all(torch.equal(weight, before[name]) for name, weight in actual.items())
 
 
+def compare_answers(alone: Any, split: Any, weights: dict[str, torch.Tensor]) -> None:
+    """See the split model answer what the whole one does with the same weights, with its adapter and without."""
+    replace_trained(alone, weights, "ddp")
+    prompts = [PromptInput(ids=ids, text="", messages=None, reference=None) for ids in ([5, 9, 3], [7], [20, 21])]
+    samples = SampleInputs(prompts=prompts, stop_ids=[], max_new_tokens=6)
+
+    def answer(model: Any, world_size: int) -> list[Any]:
+        plan: Any = SimpleNamespace(world_size=world_size, device="cpu", dtype="bfloat16")
+        rank = dist.get_rank() if world_size > 1 else 0
+        answerer = Answerer(model, model.get_base_model(), 0, plan, rank=rank, beat=lambda: None)
+        return answerer.answer(samples, batch_size=1, until_s=time.monotonic() + 60)
+
+    after = answer(split, 2)
+    assert after == answer(alone, 1)
+    with split.disable_adapter(), alone.disable_adapter():
+        before = answer(split, 2)
+        assert before == answer(alone, 1)
+    assert before != after
+    assert all(len(ids) == 6 for ids in before)
+
+
 def compare(folder: Path, *, tied: bool) -> None:
     rank = dist.get_rank()
     ids = torch.arange(4 * 12).reshape(4, 12) % 97
@@ -110,6 +141,7 @@ def compare(folder: Path, *, tied: bool) -> None:
         change = (expected[name] - before[name]).norm()
         assert change > 0
         assert (weight - expected[name]).norm() < 0.03 * change, name  # the base computes in bfloat16
+    compare_answers(alone, split, actual)
     save_adapter(split, actual, folder, rank=rank)
     dist.barrier()
     saved = load_file(folder / "adapter_model.safetensors")

@@ -39,6 +39,7 @@ def merge_here(plan: TrainPlan, base: Path, root: Path, *, new_tokens: list[NewT
         train_tokens=root / "tokens.arrow",
         train_names=["rows.jsonl"],
         eval_tokens=None,
+        eval_names=["rows.jsonl"],
         pad_token_id=0,
         vocabulary_size=100 + len(new_tokens),
         new_tokens=new_tokens,

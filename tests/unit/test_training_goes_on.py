@@ -77,6 +77,9 @@ def test_it_goes_on_to_the_bit(
     for name in ("steps", "tokens", "train_loss", "eval_loss", "eval_loss_base"):
         assert resumed[name] == whole[name], name
     assert resumed["train_seconds"] > 0
+    evaluations = [(tmp_path / run / "evaluation.json").read_text() for run in ("whole", "resumed")]
+    assert evaluations[0] == evaluations[1]  # the base model's rows are those from before the first step
+    assert len(json.loads(evaluations[0])["rows"]) == 8
     records = [
         [without_measurements(record) for record in read_metrics(tmp_path / run)] for run in ("whole", "resumed")
     ]
@@ -125,7 +128,7 @@ def test_a_wish_to_stop_or_to_finish(
     assert (result["steps"], result["best_step"], result["stopped_early"]) == (2, 2, False)
     records = read_metrics(tmp_path / "finished")
     assert [(record["step"], "loss" in record) for record in records] == [(1, True), (2, True), (2, False)]
-    assert result["eval_loss"] == records[-1]["eval_loss"]
+    assert result["eval_loss"] == pytest.approx(records[-1]["eval_loss"], rel=1e-9)
     assert f"ending at step 2 of {STEPS} (SFT_RUNTIME__MAX_HOURS=1), so the learning rate has not fallen" in caplog.text
     assert not RunFolder(tmp_path / "finished").checkpoints.exists()
 

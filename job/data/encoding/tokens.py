@@ -24,6 +24,7 @@ __all__ = [
     "Encoded",
     "encode",
     "encode_batch",
+    "encode_prompt",
     "find_closing_tokens",
     "keep_torch_out",
     "load_tokenizer",
@@ -121,6 +122,14 @@ def encode_batch(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBas
         except RowError as error:
             results[index] = error
     return [result for result in results if result is not None]
+
+
+def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase", *, is_plain: bool) -> list[int]:
+    """Return the token ids of what stands before an answer: plain text, or what the chat template has written."""
+    [encoding] = _tokenize([text], tokenizer, add_special_tokens=is_plain)
+    ids: list[int] = encoding.ids
+    # Some tokenizers end a plain text with EOS, behind which there is nothing to be said.
+    return ids[:-1] if is_plain and ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def find_closing_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:

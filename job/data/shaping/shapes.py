@@ -36,6 +36,7 @@ __all__ = [
     "RowOptions",
     "Shape",
     "check_options",
+    "end_plain_prompt",
     "find_format",
     "to_example",
 ]
@@ -112,12 +113,17 @@ def _take_messages(values: Mapping[str, Any], column: str, notes: list[str]) -> 
 def _make_plain(
     system: str, prompt: str, completion: str, shape: Shape, loss_on: LossOn, notes: tuple[str, ...]
 ) -> PlainExample:
-    if not shape.startswith("prompt/"):  # a prompt ends as its author wants it to
-        prompt += "\n\n"
+    prompt = end_plain_prompt(prompt, shape)
     if system:
         prompt = f"{system}\n\n{prompt}"
     text = prompt + completion
     return PlainExample(text, ((0 if loss_on == "all" else len(prompt), len(text)),), notes)
+
+
+def end_plain_prompt(prompt: str, shape: Shape) -> str:
+    """Return a prompt as it stands before an answer in plain text, without a chat template."""
+    as_it_is = shape in ("text", "template") or shape.startswith("prompt/")  # it ends as its author wants it to
+    return prompt if as_it_is else prompt + "\n\n"
 
 
 def _join_turns(system: str, prompt: str | list[Message], completion: str | list[Message]) -> tuple[list[Message], int]:
