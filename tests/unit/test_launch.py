@@ -39,7 +39,14 @@ def test_a_tracker_gets_its_secret_and_its_defaults_and_no_others(
 
     def environment(*trackers: str) -> dict[str, str]:
         paths = dict.fromkeys(("model_folder", "train_tokens"), tmp_path)
-        names = {"train_names": [], "new_tokens": [], "log_format": "json", "log_level": "info", "run_id": "run7"}
+        names = {
+            "train_names": [],
+            "eval_names": [],
+            "new_tokens": [],
+            "log_format": "json",
+            "log_level": "info",
+            "run_id": "run7",
+        }
         inputs = WorkerInputs(
             **paths, **names, eval_tokens=None, pad_token_id=0, vocabulary_size=1, report_to=list(trackers)
         )
