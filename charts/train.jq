@@ -85,3 +85,11 @@ def format_summary($title):
       ["pod", .pod],
       ["Kubernetes says", .kubernetes]
     ][] | select(.[1] // "" | . != "") | "| \(.[0]) | \(.[1] | as_cell) |");
+
+# A line of the log -> what people read of it: of JSON the time, a level that is none of everyday, and the message.
+def show_message:
+  try (fromjson | objects | select(.message and .time)) catch empty
+  | [.time[11:19], if .level == "info" then empty else "\(.level):" end, .message] + [.traceback | values | "\n" + .]
+  | join(" ");
+
+def show_line: [show_message] as $shown | if $shown == [] then . else $shown[] end;

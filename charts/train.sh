@@ -86,13 +86,18 @@ pause() { # [SECONDS], as `sleep`, but for a signal to be acted upon at once
   wait $! || true
 }
 
+show_messages() { # of a log: JSON lines as text, all others as they are
+  jq --raw-input --raw-output --unbuffered -L "$here" 'include "train"; show_line'
+}
+
 follow_log() { # POD: print its log as it grows, in the background; after a broken connection from where that broke
   [ "$1" != "$followed" ] || return 0
   finish_log
   say "the log of $1:"
   followed=$1
   (
-    since=() child=''
+    exec > >(show_messages)
+    since=() child='' shower=$!
     trap 'kill "$child" 2>/dev/null; exit' TERM
     while true; do
       kubectl "${kube[@]}" logs --follow --container sft-job "${since[@]}" "$1" &
@@ -101,6 +106,8 @@ follow_log() { # POD: print its log as it grows, in the background; after a brok
       since=(--since-time "$(date -u +%FT%TZ)")
       pause
     done
+    exec >&- # all that was said is shown before this ends
+    wait "$shower"
   ) &
   follower=$!
 }

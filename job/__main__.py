@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from job.arguments import Command, parse_command
 from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, ExitCode, JobError
-from job.log import find_terminal, logger, setup_logging
+from job.log import event, find_terminal, logger, setup_logging
 from job.nodes.node import Node, find_node
 from job.outcome import Progress, format_outcome, write_outcome
 from job.settings import Settings, load_runtime_settings, load_settings
@@ -119,7 +119,9 @@ def _train(
     if settings.output.merge and peers.node_rank == 0:
         check_room(folder.root, base_model.weights_bytes())
     prepared = adopt_plan(prepared, folder, peers)
-    attempt = partial(attempt_training, folder=folder, peers=peers, lease=lease, deadline_s=deadline_s)
+    attempt = partial(
+        attempt_training, folder=folder, peers=peers, lease=lease, progress=progress, deadline_s=deadline_s
+    )
     try:
         prepared = train_within_memory(prepared, folder, peers, attempt)
     finally:
@@ -194,7 +196,9 @@ def prepare(
     from job.report.plan import format_plan
     from job.report.xray import format_xray
     from job.slot import check_slot, is_finished, keep_bad_rows, open_checkpoints, open_slot, open_workplace
+    from job.trackers import refuse_missing_trackers
 
+    refuse_missing_trackers(settings.runtime.report_to)
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
 
@@ -226,14 +230,15 @@ def prepare(
         keep_bad_rows=lambda path: keep_bad_rows(workplace, path) if node.rank == 0 else str(path),
     )
     terminal = find_terminal(settings.runtime.log_format)
-    logger.info("the data:\n%s", format_xray(dataset.xray, terminal))
+    logger.info("the data:\n%s", format_xray(dataset.xray, terminal), extra=event("data", **dataset.xray.counts()))
     warnings = find_warnings(dataset.xray)
     _log_warnings(warnings)
     plan = make_plan(settings, parallel, dataset.facts)
     progress.total_steps = plan.steps
-    logger.info("run %s, the plan:\n%s", inputs.run_id, format_plan(plan, width=terminal.width))
-    _log_warnings(plan.warnings)
     prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints, workplace)
+    table = format_plan(plan, width=terminal.width)
+    logger.info("run %s, the plan:\n%s", inputs.run_id, table, extra=event("plan", **prepared.outline()))
+    _log_warnings(plan.warnings)
     if node.rank == 0:
         refuse_another_runs(prepared)
     prepared.write_down(RunFolder(work_dir / "run"), warnings)
@@ -256,17 +261,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK.code
     progress = Progress()
     ending, message, hint = _execute(command, runtime, progress)
-    if ending is OK and command.uris:
-        logger.info("%s", message)
-    elif ending is OK:
-        logger.info("run %s %s (%s)", progress.run_id, message, progress.output)
-    else:
-        logger.error("%s", message)
-        if hint:
-            logger.error("remedy: %s", hint)
-        logger.error("exit code %d (%s): %s", ending.code, ending.name, ending.when)
+    _log_outcome(command, ending, message, hint, progress)
     write_outcome(runtime, format_outcome(ending, message, hint, progress))
     return ending.code
+
+
+def _log_outcome(command: Command, ending: ExitCode, message: str, hint: str, progress: Progress) -> None:
+    run = {name: getattr(progress, name) for name in ("run_id", "step", "total_steps", "output")}
+    fields = event("ended", code=ending.code, name=ending.name, reason=message, hint=hint, **run)
+    if ending is OK:
+        text = message if command.uris else f"run {progress.run_id} {message} ({progress.output})"
+        logger.info("%s", text, extra=fields)
+        return
+    logger.error("%s", message)
+    if hint:
+        logger.error("remedy: %s", hint)
+    logger.error("exit code %d (%s): %s", ending.code, ending.name, ending.when, extra=fields)
 
 
 def _execute(command: Command, runtime: RuntimeSettings, progress: Progress) -> tuple[ExitCode, str, str]:

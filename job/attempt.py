@@ -1,33 +1,50 @@
 """One attempt at training: from the newest checkpoint on, under watch, with new checkpoints going to the store."""
 
-from functools import partial
+import time
+from datetime import datetime
+from pathlib import Path
 
 from job.checkpoints.resume import commit_step, fetch_newest
 from job.checkpoints.uploads import Uploads
 from job.errors import DivergedError, JobError
 from job.evaluation import read_evaluation
-from job.handover import RunFolder, write_whole
+from job.handover import RunFolder, SavedStep, write_whole
 from job.launch import launch_workers, list_ranks
 from job.lease import Lease
 from job.log import logger
 from job.nodes.peers import Peers
+from job.outcome import Progress
 from job.prepared import Prepared
 from job.supervise import Supervisor
 from job.watchdog import Watchdog
 
 
 def attempt_training(
-    prepared: Prepared, folder: RunFolder, peers: Peers, lease: Lease | None, *, deadline_s: float | None
+    prepared: Prepared,
+    folder: RunFolder,
+    peers: Peers,
+    lease: Lease | None,
+    progress: Progress,
+    *,
+    deadline_s: float | None,
 ) -> None:
     """Train what is handed over in the folder, until the deadline (monotonic clock) at most; on node 0 with its hold on
-    the slot.
+    the slot. `progress` learns of each checkpoint in the store.
 
     What fails after training costs nothing but its figures. Raises what `launch_workers` raises before that, and the
     checkpoints' store when it is out of reach at the start.
     """
     settings = prepared.settings
-    newest_step = None if lease is None else fetch_newest(prepared, folder.resume)
-    commit = partial(commit_step, prepared, lease)
+    newest = None if lease is None else fetch_newest(prepared, folder.resume)
+    newest_step = None if newest is None else newest.step
+    if newest is not None:
+        progress.checkpoint_step = newest.step
+        progress.checkpoint_s = datetime.fromisoformat(newest.created_at).timestamp()
+
+    def commit(taken: Path, saved: SavedStep) -> None:
+        commit_step(prepared, lease, taken, saved)
+        progress.checkpoint_step, progress.checkpoint_s = saved.step, time.time()
+
     grace_s = settings.runtime.grace_seconds
     watchdog = Watchdog(
         folder,

@@ -53,7 +53,8 @@ class SampleInputs(BaseModel):
 class WorkerInputs(BaseModel):
     """Paths of what a worker reads, the vocabulary, and how it logs. `vocabulary_size` counts the tokenizer's ids;
     `train_names` are the data files that the rows of `train_tokens` came from, by their index there, `eval_names` those
-    of the held-out rows. Held-out rows are of `train_tokens` where there are no `eval_tokens`."""
+    of the held-out rows. Held-out rows are of `train_tokens` where there are no `eval_tokens`. `report_to` are names of
+    `job.trackers`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,8 +66,10 @@ class WorkerInputs(BaseModel):
     pad_token_id: int
     vocabulary_size: int
     new_tokens: list[NewTokenInput]
-    log_format: Literal["auto", "text", "json"]
+    log_format: Literal["text", "json"]
     log_level: str
+    run_id: str = ""
+    report_to: list[str] = []
 
 
 class WorkerOutcome(BaseModel):
@@ -176,6 +179,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a line for each logged step (with its "loss") and each evaluation (with "eval_loss")."""
         return self.root / METRICS
+
+    @property
+    def eval_loss_base(self) -> Path:
+        """The base model's held-out loss, as a JSON number, once it is known."""
+        return self.root / "eval_loss_base.json"
 
     @property
     def result(self) -> Path:

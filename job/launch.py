@@ -25,7 +25,7 @@ from job.errors import (
     UnavailableError,
 )
 from job.handover import RunFolder
-from job.launch_command import Rendezvous, launch_command, worker_environment
+from job.launch_command import Rendezvous, launch_command, tracking_environment, worker_environment
 from job.log import logger
 from job.nodes.peers import Peers
 from job.plan import TrainPlan
@@ -61,7 +61,7 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
                 stderr=launcher_log,
-                env=worker_environment(plan, rendezvous, shutdown_s=supervisor.grace_s),
+                env=worker_environment(plan, rendezvous, shutdown_s=supervisor.grace_s) | tracking_environment(folder),
                 start_new_session=True,  # Ctrl-C on a terminal reaches the job alone, which then ends the others
                 preexec_fn=partial(_prepare_launcher, os.getpid()),  # noqa: PLW1509 - only three system calls
             )

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job import engines
-from job.handover import RunFolder
+from job.handover import RunFolder, WorkerInputs
 from job.log import SECRET_VARIABLES
 from job.plan import TrainPlan
 from job.support import uses_deepspeed
+from job.trackers import tracker_environment
 
 _WORKER_MODULE = "job.train.worker"
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -87,3 +88,10 @@ def worker_environment(
         visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(str(index) for index in range(plan.processes))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: plan.processes])
     return environment
+
+
+def tracking_environment(folder: RunFolder) -> dict[str, str]:
+    """Return what the workers need besides, secrets included, for the trackers that they report to."""
+    inputs = WorkerInputs.model_validate_json(folder.inputs.read_bytes())
+    work_dir = folder.root.parent.absolute()
+    return tracker_environment(inputs.report_to, os.environ, run_id=inputs.run_id, work_dir=work_dir)

@@ -1,12 +1,15 @@
 """What the job says while it runs: log lines as text or JSON on stderr, and progress of transfers.
 
+As JSON, each line is one event of `EVENTS`, with its numbers as fields: `logger.info(..., extra=event("phase", ...))`.
 Every line, tracebacks included, passes through `redact`, so that a secret which a library put into its message
 doesn't come out.
 """
 
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -14,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 logger = logging.getLogger("sft_job")
 
@@ -24,18 +27,122 @@ SECRET_VARIABLES = (
     "AWS_SESSION_TOKEN",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "WANDB_API_KEY",
 )
+_PASSWORD_IN_URI = re.compile(r"(://[^/\s:@]*):[^/\s@]+@")
 _PROGRESS_INTERVAL_S = 10.0
 _FILE_WIDTH = 120
+CLEAR_LINE = "\r\x1b[2K"  # of a terminal: what a process, this one or another, had drawn there as its progress
+
+LogFormat = Literal["auto", "text", "json"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kind of line of a JSON log: when it is written, and what it has beside time, level, event and message. A
+    field that isn't known yet, or doesn't apply, is null."""
+
+    when: str
+    fields: dict[str, str]
+
+
+EVENTS = {
+    "phase": Event("a part of the run begins", {"phase": "its name"}),
+    "data": Event(
+        "the rows are read; the message holds the X-ray",
+        {
+            "rows": "rows read",
+            "train_rows": "rows to train on",
+            "eval_rows": "rows held out",
+            "train_tokens": "tokens to train on",
+            "supervised_tokens": "those of them that the loss is taken on",
+        },
+    ),
+    "plan": Event(
+        "the plan is made, before anything is trained; the message holds its table",
+        {
+            "run_id": "name of the run",
+            "total_steps": "optimizer steps",
+            "epochs": "passes over the training rows",
+            "global_batch_size": "sequences a step",
+            "world_size": "worker processes",
+            "engine": "distributed engine",
+            "device": "`cuda` or `cpu`",
+            "estimated_memory_bytes": "estimate for each process",
+        },
+    ),
+    "transfer": Event(
+        "a transfer goes on, every ten seconds",
+        {"label": "what is transferred", "done_bytes": "so far", "total_bytes": "in all"},
+    ),
+    "step": Event(
+        "every `SFT_TRAIN__LOGGING_STEPS` steps, as in `metrics.jsonl`",
+        {
+            "step": "optimizer steps done",
+            "total_steps": "of the plan",
+            "epoch": "passes over the training rows",
+            "loss": "mean over the steps since the line before",
+            "grad_norm": "L2 norm of the last step's gradient, before clipping",
+            "learning_rate": "of the last step",
+            "tokens": "learned from so far, without padding",
+            "tokens_per_second": "since the line before",
+            "step_s": "seconds a step since the line before, without evaluations and checkpoints",
+            "data_wait_s": "those of them in which rank 0 waited for rows",
+            "elapsed_s": "seconds of training so far",
+            "eta_s": "seconds left, by the mean so far",
+            "memory_bytes": "rank 0's peak so far: PyTorch's tensors on a GPU, else resident",
+        },
+    ),
+    "evaluation": Event(
+        "the held-out loss is known: step 0 is the base model's",
+        {"step": "optimizer steps done", "total_steps": "of the plan", "eval_loss": "loss on the held-out rows"},
+    ),
+    "checkpoint": Event(
+        "a checkpoint is in the store",
+        {
+            "step": "optimizer steps done",
+            "size_bytes": "its size",
+            "save_s": "seconds that training stood still for it",
+            "upload_s": "seconds until it was there",
+        },
+    ),
+    "published": Event(
+        "the adapter is in its slot and read back",
+        {"uri": "the slot", "files": "files published", "size_bytes": "of all of them"},
+    ),
+    "warning": Event("something is probably wrong, or was got over", {}),
+    "error": Event("what led to the end", {"traceback": "of what nobody foresaw, where there is one"}),
+    "ended": Event(
+        "last of all",
+        {
+            "code": "exit code",
+            "name": "its name",
+            "reason": "what happened",
+            "hint": "what to do about it",
+            "run_id": "name of the run",
+            "step": "optimizer steps done",
+            "total_steps": "of the plan",
+            "output": "the slot",
+        },
+    ),
+    "log": Event("all else", {}),
+}
 
 
 def redact(text: str) -> str:
-    """Replace the values of the credential variables wherever they stand in a text."""
+    """Replace the values of the credential variables, and passwords in URIs, wherever they stand in a text."""
     secrets = {os.environ.get(name, "") for name in SECRET_VARIABLES}
     for secret in sorted(secrets, key=len, reverse=True):  # a long one may hold a short one: minio123 and minio
         if len(secret) >= 4:  # a shorter one would blank out ordinary words
             text = text.replace(secret, "***")
-    return text
+    return _PASSWORD_IN_URI.sub(r"\1:***@", text)
+
+
+def event(name: str, /, **fields: Any) -> dict[str, Any]:
+    """Return the `extra` of a log line that is an event of `EVENTS`, with its fields."""
+    return {"event": name, "fields": fields}
 
 
 class _TextFormatter(logging.Formatter):
@@ -48,24 +155,59 @@ class _TextFormatter(logging.Formatter):
         return redact(text)
 
 
+class _TerminalFormatter(_TextFormatter):
+    """Puts each line in the place of the progress line, which whoever draws it draws anew below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return CLEAR_LINE + super().format(record)
+
+
 class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        event = {
+        line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname.lower(),
+            "event": record.__dict__.get("event", _event_by_level(record.levelno)),
             "message": redact(record.getMessage()),
         }
+        line |= {name: _as_json(value) for name, value in record.__dict__.get("fields", {}).items()}
         if record.exc_info:
-            event["traceback"] = redact(self.formatException(record.exc_info))
-        return json.dumps(event, ensure_ascii=False)
+            line["traceback"] = redact(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
 
 
-def setup_logging(log_format: Literal["auto", "text", "json"], level: str) -> None:
+def _event_by_level(level: int) -> str:
+    return "error" if level >= logging.ERROR else "warning" if level >= logging.WARNING else "log"
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):  # NaN isn't JSON
+        return str(value)
+    return redact(value) if isinstance(value, str) else value
+
+
+def setup_logging(log_format: LogFormat, level: str) -> None:
     """Send the job's log lines to stderr in the format asked for, and other libraries' warnings with them."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    if settle_log_format(log_format) == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(_TerminalFormatter() if can_redraw() else _TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)  # else Python writes them by itself
     logger.setLevel(level.upper())
+
+
+def settle_log_format(log_format: LogFormat) -> Literal["text", "json"]:
+    """Return what `auto` means for this process: text on a terminal, JSON elsewhere."""
+    if log_format == "auto":
+        return "text" if sys.stderr.isatty() else "json"
+    return log_format
+
+
+def can_redraw() -> bool:
+    """Say whether stderr is a terminal on which a line can be written anew in its place."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @dataclass(frozen=True)
@@ -76,7 +218,7 @@ class Terminal:
     has_colour: bool
 
 
-def find_terminal(log_format: Literal["auto", "text", "json"]) -> Terminal:
+def find_terminal(log_format: LogFormat) -> Terminal:
     """Return the terminal on stderr, or what fits a log file where there is none. NO_COLOR (no-color.org) is heeded."""
     if log_format == "json" or not sys.stderr.isatty():
         return Terminal(_FILE_WIDTH, has_colour=False)
@@ -106,7 +248,8 @@ def transfer_progress(label: str, total_bytes: int) -> Iterator[Callable[[int], 
             done_bytes += size_bytes
             if time.monotonic() >= next_line_s:
                 next_line_s = time.monotonic() + _PROGRESS_INTERVAL_S
-                logger.info("%s: %s of %s", label, format_bytes(done_bytes), format_bytes(total_bytes))
+                fields = event("transfer", label=label, done_bytes=done_bytes, total_bytes=total_bytes)
+                logger.info("%s: %s of %s", label, format_bytes(done_bytes), format_bytes(total_bytes), extra=fields)
 
     yield advance
 
@@ -118,3 +261,10 @@ def format_bytes(size_bytes: float) -> str:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.1f} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Write a time for people: `1:02:03`, `4:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 
 from job.errors import ExitCode
-from job.log import logger, redact
+from job.log import event, logger, redact
 from job.settings_groups import RuntimeSettings
 
 _LIMIT_BYTES = 4096  # what the kubelet keeps of a termination log
@@ -19,11 +19,13 @@ class Progress:
     step: int | None = None
     total_steps: int | None = None
     output: str | None = None
+    checkpoint_step: int | None = None  # of the newest checkpoint in the store
+    checkpoint_s: float | None = None  # since the epoch, when it came there
 
     def enter(self, phase: str) -> None:
         """Begin a phase, and say so in the log."""
         self.phase = phase
-        logger.info("== %s", phase)
+        logger.info("== %s", phase, extra=event("phase", phase=phase))
 
 
 def format_outcome(ending: ExitCode, message: str, hint: str, progress: Progress) -> str:

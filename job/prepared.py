@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from job.dataset import Dataset
 from job.handover import NewTokenInput, RunFolder, WorkerInputs
 from job.hardware import Hardware
 from job.inputs import Inputs
+from job.log import settle_log_format
 from job.plan import TrainPlan
 from job.settings import Settings
 from job.storage import Slot, Store
@@ -34,6 +36,20 @@ class Prepared:
     checkpoints: CheckpointStore
     workplace: Store
 
+    def outline(self) -> dict[str, Any]:
+        """Return the fields of the log's event `plan`."""
+        plan = self.plan
+        return {
+            "run_id": self.inputs.run_id,
+            "total_steps": plan.steps,
+            "epochs": plan.epochs,
+            "global_batch_size": plan.global_batch_size,
+            "world_size": plan.world_size,
+            "engine": plan.engine,
+            "device": plan.device,
+            "estimated_memory_bytes": plan.memory.total_bytes,
+        }
+
     def write_down(self, folder: RunFolder, warnings: Sequence[str]) -> None:
         """Write plan and X-ray into a fresh folder."""
         xray = {**asdict(self.dataset.xray), "warnings": list(warnings)}
@@ -53,8 +69,10 @@ class Prepared:
             pad_token_id=self.dataset.tokenizer.pad_token_id or 0,
             vocabulary_size=len(self.dataset.tokenizer),
             new_tokens=[] if template is None else [_describe(token) for token in template.new_tokens],
-            log_format=runtime.log_format,
+            log_format=settle_log_format(runtime.log_format),
             log_level=runtime.log_level,
+            run_id=self.inputs.run_id,
+            report_to=runtime.report_to,
         )
         folder.inputs.write_text(inputs.model_dump_json(), encoding="utf-8")
         if self.dataset.samples is not None:

@@ -149,6 +149,12 @@ def _parse_target_modules(value: object) -> object:
     return names
 
 
+def _parse_trackers(value: object) -> object:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    return list(dict.fromkeys(value)) if isinstance(value, list) else value
+
+
 _Name = Annotated[str, Field(min_length=1)]
 _Names = Annotated[str, Field(pattern="[A-Za-z0-9_]")] | Annotated[list[_Name], Field(min_length=1)]
 
@@ -185,6 +191,10 @@ Warmup = Annotated[
     Field(json_schema_extra={"not": {"minimum": 1, "not": {"multipleOf": 1}}}),
 ]
 
+_Tracker = Literal["tensorboard", "mlflow", "wandb"]
+_TRACKER = "(tensorboard|mlflow|wandb)"
+_TrackerNames = Annotated[str, Field(pattern=f"^{_TRACKER}(, *{_TRACKER})*$")] | list[_Tracker]
+Trackers = Annotated[list[_Tracker], NoDecode, BeforeValidator(_parse_trackers, json_schema_input_type=_TrackerNames)]
 
 _Message = dict[str, Any]
 _PROMPT_FILES = (".jsonl", ".txt")

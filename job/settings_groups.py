@@ -17,6 +17,7 @@ from job.settings_fields import (
     Prompts,
     Sources,
     TargetModules,
+    Trackers,
     Uri,
     Warmup,
     unit_of,
@@ -291,7 +292,7 @@ class RuntimeSettings(Group):
         Path(tempfile.gettempdir()) / "sft-job",
         description="Folder for downloads and intermediate files; one job at a time",
     )
-    log_format: Literal["auto", "text", "json"] = Field("auto", description="Log lines as text or JSON; auto: text")
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="Text or JSON; auto: text on a terminal")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged")
     termination_log: Path = Field(
         Path("/dev/termination-log"),
@@ -318,6 +319,7 @@ class RuntimeSettings(Group):
         description="End a run in which a worker takes longer for one micro batch",
         json_schema_extra=unit_of("minutes"),
     )
+    report_to: Trackers = Field([], description="Experiment trackers that are told, such as tensorboard,mlflow,wandb")
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None,
         description="Port at which Prometheus finds /metrics while the job runs",

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from job.errors import UnavailableError
-from job.log import format_bytes, logger
+from job.log import event, format_bytes, logger
 from job.manifest import MANIFEST_NAME, hash_file
 from job.patience import insist
 from job.slot import OUTPUT_SETTING, has_merged, is_already_published, read_published
@@ -58,7 +58,8 @@ def publish(
     _put_manifest(slot, manifest_path, check_lease)
     insist(lambda: slot.delete(_UNLISTED))
     total_bytes = sum(file["bytes"] for file in manifest["files"])
-    logger.info("published %d files, %s, at %s", len(listed) + 1, format_bytes(total_bytes), slot.uri)
+    fields = event("published", uri=slot.uri, files=len(listed) + 1, size_bytes=total_bytes)
+    logger.info("published %d files, %s, at %s", len(listed) + 1, format_bytes(total_bytes), slot.uri, extra=fields)
 
 
 def _place(

@@ -92,6 +92,7 @@ def job_environment(server: SeaweedFS) -> dict[str, str]:
         "SFT_TRAIN__EPOCHS": "2",
         "SFT_EVAL__PROMPTS": json.dumps(PROMPTS),
         "SFT_EVAL__MAX_NEW_TOKENS": "80",
+        "SFT_RUNTIME__LOG_FORMAT": "text",
         "SFT_RUNTIME__WORK_DIR": str(DEMO / "work"),
         "SFT_RUNTIME__TERMINATION_LOG": str(DEMO / "termination.json"),
     }

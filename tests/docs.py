@@ -1,4 +1,4 @@
-"""README tables out of the code: the exit codes and the settings.
+"""README tables out of the code: the exit codes, the log's events and the settings.
 
 `python tests/docs.py` rewrites what stands between the markers in README.md; tests/unit/test_docs.py fails where that
 would change anything.
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
 from job.errors import EXIT_CODES, KUBERNETES_ACTION  # noqa: E402
+from job.log import EVENTS  # noqa: E402
 from job.settings import Settings  # noqa: E402
 from job.settings_problems import DELIMITER, PREFIX  # noqa: E402
 
@@ -27,6 +28,15 @@ def exit_codes_table() -> str:
     """Return the table of `job.errors.EXIT_CODES`."""
     rows = [[str(code.code), f"`{code.name}`", code.when, KUBERNETES_ACTION[code.retry]] for code in EXIT_CODES]
     return table(["code", "name", "when", "Kubernetes does"], rows)
+
+
+def events_table() -> str:
+    """Return the table of `job.log.EVENTS`."""
+    rows = []
+    for name, event in EVENTS.items():
+        fields = "; ".join(f"`{field}` {meaning}" for field, meaning in event.fields.items())
+        rows.append([f"`{name}`", event.when, fields])
+    return table(["event", "when", "fields"], rows)
 
 
 def settings_table() -> str:
@@ -69,11 +79,12 @@ def settings_rows() -> Iterator[Row]:
 
 
 def update(readme: str) -> str:
-    """Return the README with both tables as the code has them.
+    """Return the README with all tables as the code has them.
 
     Raises ValueError where a pair of markers is missing or there twice.
     """
-    return fill(readme, {"exit codes": exit_codes_table(), "settings": settings_table()})
+    texts = {"exit codes": exit_codes_table(), "events": events_table(), "settings": settings_table()}
+    return fill(readme, texts)
 
 
 def fill(page: str, texts: dict[str, str]) -> str:

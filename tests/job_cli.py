@@ -29,7 +29,7 @@ def job_environment(folder: Path, **settings: object) -> dict[str, str]:
     `settings` are variables without their prefix, `TRAIN__MAX_STEPS=3`. Nothing of this machine's own configuration of
     AWS, the Hub or the job is in it.
     """
-    foreign = ("SFT_", "AWS_", "HF_", "CUDA_", "OMP_", "GOMP_")
+    foreign = ("SFT_", "AWS_", "HF_", "CUDA_", "OMP_", "GOMP_", "MLFLOW_", "TENSORBOARD_", "WANDB_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment |= {
         "PYTHONPATH": str(ROOT),
@@ -37,6 +37,7 @@ def job_environment(folder: Path, **settings: object) -> dict[str, str]:
         "AWS_CONFIG_FILE": str(folder / "no-aws-config"),
         "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no-aws-credentials"),
         "AWS_EC2_METADATA_DISABLED": "true",
+        "SFT_RUNTIME__LOG_FORMAT": "text",
         "SFT_EVAL__SAMPLES": "0",  # answers take their time, and few tests look at them
         "SFT_RUNTIME__WORK_DIR": str(folder / "work"),
         "SFT_RUNTIME__TERMINATION_LOG": str(folder / "termination.json"),
@@ -69,3 +70,9 @@ def run_job(
         output, _ = process.communicate(timeout=timeout_s)
     outcome = json.loads(log.read_text()) if log.exists() else {}
     return Ended(process.returncode, output, outcome)
+
+
+def without_measurements(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics.jsonl without what depends on the machine and the moment."""
+    measured = ("elapsed_s", "step_s", "data_wait_s", "tokens_per_second", "memory_bytes")
+    return {name: value for name, value in record.items() if name not in measured}

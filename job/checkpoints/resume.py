@@ -104,9 +104,9 @@ def _adopt(plan: TrainPlan, theirs: dict[str, Any]) -> TrainPlan:
     return plan.model_copy(update=changes | {"sources": plan.sources | dict.fromkeys(changes, "the checkpoint")})
 
 
-def fetch_newest(prepared: Prepared, target: Path) -> int | None:
-    """Bring the newest checkpoint of this run that is whole into a folder, and return its step; without one there is
-    no folder.
+def fetch_newest(prepared: Prepared, target: Path) -> Checkpoint | None:
+    """Bring the newest checkpoint of this run that is whole into a folder, and return what it says of itself; without
+    one there is no folder.
 
     Another run's are removed, which the settings allow when this is called. Damaged ones are passed over with a
     warning, and stay: it may be the network that damages what it brings.
@@ -121,7 +121,7 @@ def fetch_newest(prepared: Prepared, target: Path) -> int | None:
                 store.delete(name)
             elif name != FINISHED:
                 store.fetch(name, checkpoint, target)
-                return checkpoint.step
+                return checkpoint
         except DamagedError as damage:
             logger.warning("passed over: %s", damage.message)
             shutil.rmtree(target, ignore_errors=True)

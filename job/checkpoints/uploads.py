@@ -11,7 +11,7 @@ from typing import Self
 
 from job.errors import JobError
 from job.handover import SAVED_STEP, SavedStep
-from job.log import format_bytes, logger
+from job.log import event, format_bytes, logger
 
 _TAKEN = "taken-"
 _RETRY_S = 15.0
@@ -116,6 +116,13 @@ class Uploads:
             format_bytes(uploaded.size_bytes),
             saved.save_s,
             upload_s,
+            extra=event(
+                "checkpoint",
+                step=saved.step,
+                size_bytes=uploaded.size_bytes,
+                save_s=round(saved.save_s, 3),
+                upload_s=round(upload_s, 3),
+            ),
         )
         if self._is_first and saved.save_s + upload_s > self._grace_s:
             logger.warning(

@@ -75,6 +75,16 @@ class XRay:
     with_oddity: dict[str, int]
     samples: tuple[tuple[Piece, ...], ...]
 
+    def counts(self) -> dict[str, int]:
+        """Return the figures of the log's event `data`."""
+        return {
+            "rows": self.read,
+            "train_rows": self.train,
+            "eval_rows": self.held_out,
+            "train_tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+        }
+
 
 def count_lengths(lengths_tokens: NDArray[np.integer]) -> Lengths:
     """Return the percentiles and a histogram of at most eight bins of equal width."""

@@ -19,6 +19,7 @@ from job.plan import TrainPlan
 from job.train.checkpoint_files import CheckpointReader, write_checkpoint
 from job.train.collective import find_maximum, gather_bytes
 from job.train.early_stopping import EarlyStopping
+from job.train.evaluate import mean_loss
 from job.train.gather import find_trained, gather_one, replace_one
 from job.train.metrics import StepMetrics
 from job.train.optimizer_state import (
@@ -91,9 +92,11 @@ class Checkpoints:
         for group in trainer.optimizer.param_groups:
             group["lr"] = state.learning_rate
         restore_loss_scale(trainer, plan, state.loss_scale)
+        base = None
         if checkpoint.list_names("evaluation"):
             self.eval_rows_base = checkpoint.read("evaluation/base").cpu().numpy()
-        self._metrics.go_on_from(state.metrics, checkpoint.metrics)
+            base = mean_loss(self.eval_rows_base)
+        self._metrics.go_on_from(state.metrics, checkpoint.metrics, base)
         self._metrics.saved_step = state.step
         if self._stopping is not None and state.stopping is not None:
             best = {name: checkpoint.read(f"best/{name}").cpu() for name in checkpoint.list_names("best")}

@@ -42,13 +42,25 @@ class _ShortageError(Exception):
 
 
 class FinalEvaluation:
-    """Collects what is measured, and writes it down on rank 0. Everything here is collective."""
+    """Collects what is measured, and writes it down on rank 0. Everything here is collective.
 
-    def __init__(self, plan: TrainPlan, folder: RunFolder, *, rank: int, pulse: Pulse) -> None:
+    `announce` says on rank 0 what the held-out loss was and is.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        folder: RunFolder,
+        *,
+        rank: int,
+        pulse: Pulse,
+        announce: Callable[[float, float], None],
+    ) -> None:
         self._plan = plan
         self._folder = folder
         self._rank = rank
         self._pulse = pulse
+        self._announce = announce
         self._found = Evaluation()
         self._write()
 
@@ -89,7 +101,7 @@ class FinalEvaluation:
         if self._rank == 0:
             result = self._folder.read_result() | _name_figures(change)
             write_whole(self._folder.result, json.dumps(result, allow_nan=False))
-            logger.info("held-out loss: %.4f before, %.4f after", change.loss_base, change.loss)
+            self._announce(change.loss_base, change.loss)
             logger.info("%s", change.describe())
             if (doubt := change.doubt()) is not None:
                 logger.warning("%s", doubt)

@@ -1,10 +1,11 @@
-"""The metrics of a run: what each step has learned, looked at by all ranks and written down by rank 0."""
+"""The metrics of a run: what each step has learned and how fast, looked at by all ranks and written down by rank 0: in
+metrics.jsonl, in the log, on the terminal's progress line, and by the trackers."""
 
 import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,15 +14,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from job.errors import DivergedError
-from job.log import logger
+from job.handover import RunFolder, WorkerInputs, write_whole
+from job.log import event, format_bytes, format_duration, logger
 from job.plan import TrainPlan
+from job.progress_line import ProgressLine
 from job.train.dataset import StreamSampler, TokenRows
 from job.train.divergence import SPIKE_WINDOW_STEPS, has_diverged, has_exploded, is_spike
+from job.train.peak_memory import own_peak_bytes
 
 
 class MetricsState(BaseModel):
     """What the metrics of a run are made of, after some step: the time that training took, the sum of all steps'
-    losses, the last of them, those since the last one that was logged, and the logged ones."""
+    losses, the last of them, those since the last one that was logged, with the time that they took and waited for
+    rows, and the logged ones."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,6 +34,8 @@ class MetricsState(BaseModel):
     loss_sum: float = 0.0
     last_losses: list[float] = []
     unlogged_losses: list[float] = []
+    unlogged_s: float = 0.0
+    unlogged_wait_s: float = 0.0
     logged_losses: list[float] = []
     warned_step: int | None = None  # of a loss spike
 
@@ -38,31 +45,45 @@ class _Step:
     number: int
     grad_norm: float
     learning_rate: float
+    tokens_per_second: float
 
 
 class StepMetrics:
     """Writes metrics.jsonl and the log, from rank 0, and ends the run on all ranks when a loss leaves the numbers.
 
-    All ranks must be told the same losses.
+    All ranks must be told the same losses. `track` is told what is written down, by rank 0 alone: every line of
+    metrics.jsonl, and the held-out loss before and after.
     """
 
-    def __init__(self, plan: TrainPlan, path: Path, *, rank: int, rows: TokenRows, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        plan: TrainPlan,
+        folder: RunFolder,
+        *,
+        rank: int,
+        rows: TokenRows,
+        inputs: WorkerInputs,
+        track: Callable[[dict[str, float]], None],
+    ) -> None:
         self.saved_step: int | None = None  # of the newest checkpoint
         self._plan = plan
-        self._path = path
+        self._folder = folder
         self._is_writer = rank == 0
         self._rows = rows
-        self._names = names
+        self._names = inputs.train_names
+        self._track = track
+        self._progress = ProgressLine(is_wanted=self._is_writer and inputs.log_format == "text")
         self._tokens_by_step = rows.lengths()[_order_by_step(plan)].sum(axis=1).cumsum()  # (steps,)
-        self._started_s = time.monotonic()
+        self._started_s = self._step_began_s = time.monotonic()
         self._state = MetricsState()
-        self._last = _Step(0, 0.0, 0.0)
+        self._last = _Step(0, 0.0, 0.0, 0.0)
 
-    def go_on_from(self, state: MetricsState, written: Path) -> None:
+    def go_on_from(self, state: MetricsState, written: Path, eval_loss_base: float | None) -> None:
         """Go on from what `read_state` returned, and from what was written until then."""
         self._state = state
         if self._is_writer:
-            shutil.copyfile(written, self._path)
+            shutil.copyfile(written, self._folder.metrics)
+            self._keep_base(eval_loss_base)
 
     def read_state(self) -> MetricsState:
         """Return a copy of the state, as of now."""
@@ -71,6 +92,15 @@ class StepMetrics:
     def start_clock(self) -> None:
         """Say that the first step begins."""
         self._started_s = time.monotonic() - self._state.elapsed_s
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Say that the next step begins, with its rows: what took place since the last one is no part of either."""
+        self._step_began_s = time.monotonic()
+
+    def note_wait(self, wait_s: float) -> None:
+        """Count time that training waited for rows."""
+        self._state.unlogged_wait_s += wait_s
 
     def summarize(self, steps: int) -> dict[str, float | int]:
         """Return how much was learned from in so many steps, by all processes, and how fast."""
@@ -91,12 +121,14 @@ class StepMetrics:
         state = self._state
         state.loss_sum += loss
         state.unlogged_losses.append(loss)
-        self._last = _Step(step, grad_norm, learning_rate)
+        state.unlogged_s += time.monotonic() - self._step_began_s
+        self._last = _Step(step, grad_norm, learning_rate, self._measure_speed(step))
         diverged = has_diverged(loss, grad_norm, self._plan.dtype)
-        if diverged or step == 1 or step % self._plan.logging_steps == 0:
+        if diverged or step in (1, self._plan.steps) or step % self._plan.logging_steps == 0:
             self.log_last_step()
         if diverged:
             self._raise_diverged(step, loss, grad_norm, learning_rate)
+        self._draw(loss)
         self._warn_of_spike(step, loss)
         state.last_losses = [*state.last_losses, loss][-SPIKE_WINDOW_STEPS:]
 
@@ -105,11 +137,23 @@ class StepMetrics:
         state = self._state
         if not state.unlogged_losses:
             return
-        mean = sum(state.unlogged_losses) / len(state.unlogged_losses)
-        state.logged_losses.append(mean)
-        state.unlogged_losses = []
+        steps = len(state.unlogged_losses)
+        mean = sum(state.unlogged_losses) / steps
         if self._is_writer:
-            self._write(self._last, mean)
+            self._write(self._last, mean, step_s=state.unlogged_s / steps, data_wait_s=state.unlogged_wait_s / steps)
+        state.logged_losses.append(mean)
+        state.unlogged_losses, state.unlogged_s, state.unlogged_wait_s = [], 0.0, 0.0
+
+    def announce_base(self, loss: float) -> None:
+        """Say what the base model's held-out loss is."""
+        if self._is_writer:
+            self._keep_base(loss)
+            self._say_evaluation(0, loss, "held-out loss of the base model: %.4f", loss)
+
+    def announce_result(self, step: int, before: float, after: float) -> None:
+        """Say what the held-out loss is after the last step."""
+        if self._is_writer:
+            self._say_evaluation(step, after, "held-out loss: %.4f before, %.4f after", before, after)
 
     def record_evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss after a step.
@@ -118,7 +162,7 @@ class StepMetrics:
         """
         if self._is_writer:
             self._append({"step": step, "eval_loss": loss})
-            logger.info("step %d/%d  held-out loss %.4f", step, self._plan.steps, loss)
+            self._say_evaluation(step, loss, "step %d/%d  held-out loss %.4f", step, self._plan.steps, loss)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"step {step} of {self._plan.steps}: the held-out loss is {loss}", hint=self._blame_learning_rate()
@@ -177,7 +221,35 @@ class StepMetrics:
         lower = self._plan.learning_rate / 4
         return f"the likeliest cause is a learning rate that is too high: try SFT_TRAIN__LEARNING_RATE={lower:.2g}"
 
-    def _write(self, last: _Step, loss: float) -> None:
+    def _measure_speed(self, step: int) -> float:
+        """Return the tokens a second since the last line."""
+        steps = len(self._state.unlogged_losses)
+        tokens = self._count_tokens(step) - (self._count_tokens(step - steps) if step > steps else 0)
+        return tokens / self._state.unlogged_s
+
+    def _draw(self, loss: float) -> None:
+        last, total = self._last, self._plan.steps
+        if last.number == total:
+            self._progress.clear()
+        elif self._progress.is_due():
+            self._progress.draw(
+                f"step {last.number}/{total}  loss {loss:.4f}  {last.tokens_per_second:.0f} tokens/s  "
+                f"{format_duration(self._estimate_left_s(last.number))} left  "
+                f"{format_bytes(own_peak_bytes(self._plan))} at most"
+            )
+
+    def _estimate_left_s(self, step: int) -> float:
+        return self._elapsed_s() / step * (self._plan.steps - step)
+
+    def _keep_base(self, loss: float | None) -> None:
+        if loss is not None:
+            write_whole(self._folder.eval_loss_base, json.dumps(loss))
+
+    def _say_evaluation(self, step: int, loss: float, message: str, *words: float) -> None:
+        logger.info(message, *words, extra=event("evaluation", step=step, total_steps=self._plan.steps, eval_loss=loss))
+        self._track({"step": step, "eval_loss": loss})
+
+    def _write(self, last: _Step, loss: float, *, step_s: float, data_wait_s: float) -> None:
         step, elapsed_s, tokens = last.number, self._elapsed_s(), self._count_tokens(last.number)
         record = {
             "step": step,
@@ -186,9 +258,15 @@ class StepMetrics:
             "grad_norm": last.grad_norm,
             "learning_rate": last.learning_rate,
             "tokens": tokens,
+            "tokens_per_second": round(last.tokens_per_second, 1),
+            "step_s": round(step_s, 6),
+            "data_wait_s": round(data_wait_s, 6),
             "elapsed_s": round(elapsed_s, 3),
+            "memory_bytes": own_peak_bytes(self._plan),
         }
         self._append(record)
+        self._track(record)
+        left_s = self._estimate_left_s(step)
         logger.info(
             "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s  %.0f s left",
             step,
@@ -196,14 +274,15 @@ class StepMetrics:
             loss,
             last.grad_norm,
             last.learning_rate,
-            tokens / elapsed_s,
-            elapsed_s / step * (self._plan.steps - step),
+            last.tokens_per_second,
+            left_s,
+            extra=event("step", **record, total_steps=self._plan.steps, eta_s=round(left_s, 1)),
         )
 
     def _append(self, record: dict[str, float]) -> None:
         # NaN isn't JSON
         finite = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
 

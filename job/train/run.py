@@ -44,6 +44,7 @@ from job.train.out_of_memory import no_smaller_step_helps
 from job.train.peak_memory import compare_with_estimate, measure_peak
 from job.train.samples import Answerer
 from job.train.stepping import StepControl
+from job.train.trackers import Trackers
 from job.train.trainer import StreamTrainer, training_arguments
 
 
@@ -55,11 +56,12 @@ def train(
     rank: int,
     remember_step: Callable[[int], None],
     pulse: Pulse,
+    trackers: Trackers | None = None,
 ) -> None:
     """Train as planned, from the checkpoint in the folder if there is one, and on rank 0 write adapter and result.
 
-    Raises JobError for what went wrong in a way that was foreseen; PreemptedError when it was told to stop, and has
-    saved a checkpoint.
+    `trackers` are told what is logged. Raises JobError for what went wrong in a way that was foreseen; PreemptedError
+    when it was told to stop, and has saved a checkpoint.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -68,23 +70,25 @@ def train(
     train_rows = TokenRows(inputs.train_tokens, np.load(folder.train_rows))
     eval_rows = TokenRows(inputs.eval_tokens or inputs.train_tokens, np.load(folder.eval_rows))
 
-    metrics = StepMetrics(plan, folder.metrics, rank=rank, rows=train_rows, names=inputs.train_names)
+    trackers = trackers or Trackers(plan, [])
+    metrics = StepMetrics(plan, folder, rank=rank, rows=train_rows, inputs=inputs, track=trackers.log)
     collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
 
     say("loading the base model")
     prepare_engine(plan)
-    arguments = training_arguments(plan, folder.root / "scratch")  # starts the process group
+    arguments = training_arguments(plan, folder.root / "scratch", run_name=inputs.run_id)  # starts the process group
     checkpoint = open_checkpoint(folder.resume, plan, rank=rank)
     with no_smaller_step_helps():  # the Trainer moves the model to its device
         model = _load(plan, inputs)
         trainer = StreamTrainer(
             plan,
             start_step=0 if checkpoint is None else checkpoint.state.step,
+            note_wait=metrics.note_wait,
             model=model,
             args=arguments,
             train_dataset=train_rows,
             data_collator=collate,
-            callbacks=[Beats(pulse)],
+            callbacks=[Beats(pulse), trackers],
         )
     trainer.remove_callback(transformers.PrinterCallback)
     check_promises(plan, trainer)
@@ -117,7 +121,7 @@ def train(
         elif plan.eval_rows:
             # A fresh adapter adds nothing, so this is the base model's.
             checkpoints.eval_rows_base = evaluate()
-            say("held-out loss of the base model: %.4f", mean_loss(checkpoints.eval_rows_base))
+            metrics.announce_base(mean_loss(checkpoints.eval_rows_base))
         say("training")
         metrics.start_clock()
 
@@ -153,7 +157,8 @@ def train(
     # From here on, nothing is lost whatever happens.
     if stopping is not None:
         replace_trained(model, weights, plan.engine)
-    final = FinalEvaluation(plan, folder, rank=rank, pulse=pulse)
+    announce = partial(metrics.announce_result, steps if stopping is None else stopping.best_step)
+    final = FinalEvaluation(plan, folder, rank=rank, pulse=pulse, announce=announce)
     if checkpoints.eval_rows_base is not None:
         final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, lambda size: evaluate(final.beat, size))
     if folder.samples.exists():

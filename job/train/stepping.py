@@ -71,6 +71,7 @@ class StepControl(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
         elif step < self._plan.steps:
             control.should_training_stop = self._stop_or_save(step)
+        self._metrics.begin_step()
 
     def _stop_or_save(self, step: int) -> bool:
         """Return whether training ends here."""

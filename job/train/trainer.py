@@ -1,8 +1,11 @@
 """transformers' Trainer with every default that matters chosen on purpose, and rows in an order of our own."""
 
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
@@ -12,8 +15,11 @@ from job.train.dataset import StreamSampler, TokenRows
 from job.train.liger import LIGER_KERNELS
 
 
-def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
-    """Return the Trainer's arguments; those that stand here with a default's value do so because defaults change."""
+def training_arguments(plan: TrainPlan, scratch: Path, *, run_name: str) -> TrainingArguments:
+    """Return the Trainer's arguments; those that stand here with a default's value do so because defaults change.
+
+    `run_name` is for trackers.
+    """
     is_distributed = plan.world_size > 1 or plan.engine != "ddp"
     return TrainingArguments(
         output_dir=str(scratch),
@@ -46,7 +52,8 @@ def training_arguments(plan: TrainPlan, scratch: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,  # the default replaces a NaN by the average before it
         save_strategy="no",
         eval_strategy="no",
-        report_to="none",
+        report_to="none",  # every step would be reported: see job.train.trackers
+        run_name=run_name,
         disable_tqdm=True,
         seed=plan.seed,
     )
@@ -59,11 +66,15 @@ def _optimizer_name(plan: TrainPlan) -> str:
 
 
 class StreamTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that reads rows in the order of `StreamSampler`, from the step after `start_step` on."""
+    """A Trainer that reads rows in the order of `StreamSampler`, from the step after `start_step` on.
 
-    def __init__(self, plan: TrainPlan, *, start_step: int, **kwargs: Any) -> None:
+    `note_wait` is told the seconds that it waited for each micro batch.
+    """
+
+    def __init__(self, plan: TrainPlan, *, start_step: int, note_wait: Callable[[float], None], **kwargs: Any) -> None:
         self._plan = plan
         self._start_step = start_step
+        self._note_wait = note_wait
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: TokenRows | None = None) -> Sampler[int]:
@@ -75,6 +86,22 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
             seed=plan.seed,
             start_step=self._start_step,
         )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Return the micro batches of a step and their supervised tokens, as the Trainer does."""
+        batches, tokens = super().get_batch_samples(self._watch(epoch_iterator), num_batches, device)
+        return batches, tokens
+
+    def _watch(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            began_s = time.monotonic()
+            micro_batch = next(micro_batches, None)
+            self._note_wait(time.monotonic() - began_s)
+            if micro_batch is None:
+                return
+            yield micro_batch
 
     def count_from_start_step(self) -> None:
         """Have the first step be the one after `start_step`: to be called when training begins."""

@@ -40,7 +40,7 @@ def main(folder: RunFolder, job_pid: int) -> int:
     _leave_word_on_sigterm(folder, rank)
     _redirect_output(folder, rank)
     inputs = WorkerInputs.model_validate_json(folder.inputs.read_bytes())
-    setup_logging(inputs.log_format, inputs.log_level)
+    setup_logging(inputs.log_format if rank == 0 else "text", inputs.log_level)  # others' is shown when they fail
     reserve = folder.root / f"reserve-{rank}"  # its room is for the outcome, should the disk be full
     step = 0
 
@@ -50,10 +50,13 @@ def main(folder: RunFolder, job_pid: int) -> int:
 
     def train_as_planned() -> None:
         from job.train.run import train  # torch and transformers, seconds
+        from job.train.trackers import Trackers
 
         reserve.write_bytes(bytes(_RESERVE_BYTES))
         plan = TrainPlan.model_validate_json(folder.plan.read_bytes())
-        train(plan, inputs, folder, rank=rank, remember_step=remember_step, pulse=Pulse(folder, rank=rank))
+        pulse = Pulse(folder, rank=rank)
+        with Trackers(plan, inputs.report_to if rank == 0 else []) as trackers:
+            train(plan, inputs, folder, rank=rank, remember_step=remember_step, pulse=pulse, trackers=trackers)
 
     outcome = carry_out(train_as_planned, rank=rank)
     stopped = outcome.code == PREEMPTED.code

@@ -239,6 +239,18 @@ def test_prometheus_finds_the_metrics_where_the_job_serves_them() -> None:
     assert monitor["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
 
 
+def test_grafana_finds_the_dashboard_where_it_is_asked_for() -> None:
+    wanted = {"enabled": True, "namespace": "monitoring", "annotations": {"grafana_folder": "Training"}}
+    wanted["labels"] = {"team": "ml"}
+    [dashboard] = of_kind(render(values_with(dashboard=wanted)), "ConfigMap")
+    assert dashboard["metadata"]["namespace"] == "monitoring"
+    assert dashboard["metadata"]["labels"].items() >= {"grafana_dashboard": "1", "team": "ml"}.items()
+    assert dashboard["metadata"]["annotations"] == {"grafana_folder": "Training"}
+    assert dashboard["data"] == {"sft-job.json": (CHART / "dashboards" / "sft-job.json").read_text()}
+    kubernetes_validate.validate(dashboard, "1.29", strict=True)
+    assert not of_kind(render(values_with()), "ConfigMap")
+
+
 def test_the_image_is_that_of_the_chart_unless_told_otherwise() -> None:
     from job import __version__
 

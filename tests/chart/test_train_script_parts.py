@@ -1,5 +1,6 @@
 """charts/train.sh against stand-ins for helm and kubectl: how it reads each end of a run, and what it leaves behind."""
 
+import json
 import signal
 import subprocess
 import time
@@ -67,6 +68,23 @@ def test_a_run_is_checked_installed_followed_and_summarized(train: Train) -> Non
     ):
         assert line in ended.summary.splitlines()
     assert "Kubernetes says" not in ended.summary
+
+
+def test_json_lines_of_the_log_are_shown_as_text(train: Train) -> None:
+    begun = {"time": "2026-01-02T03:04:05Z", "level": "info", "event": "step", "message": "step 1/20", "step": 1}
+    failed = begun | {"level": "error", "message": "a bug", "traceback": "Traceback ...\nKeyError"}
+    lines = [json.dumps(begun), json.dumps(failed), '{"no": "event"}', "[1, 2]", "{ plain  text"]
+    ended = train(scene(), scene(pod("demo-0")), COMPLETE, logs={"demo-0": ["\n".join(lines)]})
+    assert ended.code == 0, ended.said
+    assert ended.out.splitlines()[1:] == [
+        "03:04:05 step 1/20",
+        "03:04:05 error: a bug ",
+        "Traceback ...",
+        "KeyError",
+        '{"no": "event"}',
+        "[1, 2]",
+        "{ plain  text",
+    ]
 
 
 def test_values_that_helm_refuses_end_before_the_cluster_is_asked(train: Train) -> None:

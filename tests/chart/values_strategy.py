@@ -53,7 +53,8 @@ def _strings(schema: Schema) -> st.SearchStrategy[str]:
     schemes, endings = st.sampled_from(["s3://", "hf://datasets/", "hf://o/", "/", ""]), st.sampled_from(["", ".jsonl"])
     uris = st.builds("{}{}{}".format, schemes, paths, endings)
     least = schema.get("minLength", 0)
-    return (texts | uris).filter(lambda text: len(text) >= least)
+    drawn = (texts | uris).filter(lambda text: len(text) >= least)
+    return drawn | st.from_regex(schema["pattern"], fullmatch=True) if "pattern" in schema else drawn
 
 
 def _integers(schema: Schema) -> st.SearchStrategy[int]:

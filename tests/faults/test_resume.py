@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from job_cli import ROOT, SHOP, Ended, job_environment, run_job
+from job_cli import ROOT, SHOP, Ended, job_environment, run_job, without_measurements
 from running_job import RunningJob
 from safetensors.torch import load
 
@@ -61,7 +61,7 @@ class Published:
     """What a job has published."""
 
     adapter: bytes
-    records: list[dict[str, Any]]  # of metrics.jsonl, without the time that they took
+    records: list[dict[str, Any]]  # of metrics.jsonl, without what was measured
     metrics: dict[str, Any]
     output: str
 
@@ -73,9 +73,8 @@ class Published:
 def read_published(ended: Ended) -> Published:
     assert ended.code == 0, ended.output
     slot = Path(ended.outcome["output"])
-    records = [json.loads(line) for line in (slot / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("elapsed_s", None)
+    lines = (slot / "metrics.jsonl").read_text().splitlines()
+    records = [without_measurements(json.loads(line)) for line in lines]
     metrics = json.loads((slot / "manifest.json").read_text())["metrics"]
     assert not (slot / "checkpoint").exists()
     return Published((slot / "adapter_model.safetensors").read_bytes(), records, metrics, ended.output)

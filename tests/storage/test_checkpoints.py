@@ -146,7 +146,9 @@ def test_a_damaged_one_is_passed_over(
     DAMAGES[damage](store, tmp_path)
     prepared = cast(Any, SimpleNamespace(checkpoints=store, inputs=SimpleNamespace(run_id="run")))
     with caplog.at_level(logging.WARNING):
-        assert fetch_newest(prepared, tmp_path / "resume") == 5
+        newest = fetch_newest(prepared, tmp_path / "resume")
+    assert newest is not None
+    assert newest.step == 5
     assert "step-00000006" in caplog.text
     assert (tmp_path / "resume" / "training.json").read_bytes() == b"{}5"
 
@@ -165,5 +167,7 @@ def test_another_runs_gives_way(store: CheckpointStore, commit: Callable[..., st
     commit(8, run_id="other")
     commit(3)
     prepared = cast(Any, SimpleNamespace(checkpoints=store, inputs=SimpleNamespace(run_id="run")))
-    assert fetch_newest(prepared, tmp_path / "resume") == 3
+    newest = fetch_newest(prepared, tmp_path / "resume")
+    assert newest is not None
+    assert newest.step == 3
     assert store.names() == ["step-00000003"]

@@ -10,6 +10,7 @@ import pytest
 from job.accept import Acceptance
 from job.evaluation import Evaluation, LossChange, RowLoss, Sample
 from job.hardware import Gpu, Hardware
+from job.log import SECRET_VARIABLES
 from job.manifest import DataFile
 from job.memory.model_shape import ModelShape, read_model_shape
 from job.parallel import plan_parallel
@@ -93,9 +94,8 @@ REQUIRED = {"MODEL__ID": "org/model", "DATA__URI": "/data/train.jsonl", "OUTPUT_
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of this machine's own settings and credentials."""
-    secrets = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     for name in list(os.environ):
-        if name.upper().startswith("SFT_") or name in secrets:
+        if name.upper().startswith("SFT_") or name in SECRET_VARIABLES:
             monkeypatch.delenv(name)
 
 
@@ -184,6 +184,7 @@ def own_logging() -> Iterator[None]:
     kept = root.handlers[:], root.level, job.level
     root.handlers[:] = []
     yield
+    logging.captureWarnings(False)
     root.handlers[:], root.level = kept[0], kept[1]
     job.setLevel(kept[2])
 

@@ -1,9 +1,10 @@
 """The README's tables are those that the code makes."""
 
 import pytest
-from docs import README, exit_codes_table, settings_table, update
+from docs import README, events_table, exit_codes_table, settings_table, update
 
 from job.errors import EXIT_CODES
+from job.log import EVENTS
 from job.settings import settings_groups
 from job.settings_problems import setting_names
 
@@ -12,6 +13,8 @@ MARKED = """# Title
 replaced-text
 <!-- end: exit codes -->
 between
+<!-- begin: events -->
+<!-- end: events -->
 <!-- begin: settings -->
 <!-- end: settings -->
 after
@@ -32,6 +35,13 @@ def test_every_exit_code_has_its_row() -> None:
         (str(code.code), f"`{code.name}`") for code in EXIT_CODES
     ]
     assert ["70", "`internal`", "a bug in the job", "retry, counted"] in rows(exit_codes_table())
+
+
+def test_every_event_has_its_row_with_all_its_fields() -> None:
+    found = {row[0].strip("`"): row[2] for row in rows(events_table())}
+    assert found.keys() == EVENTS.keys()
+    for name, event in EVENTS.items():
+        assert all(f"`{field}` " in found[name] for field in event.fields)
 
 
 def test_every_setting_has_its_row() -> None:
@@ -65,6 +75,7 @@ def test_update_replaces_what_stands_between_the_markers_and_nothing_else() -> N
     updated = update(MARKED)
     assert "replaced-text" not in updated
     assert exit_codes_table() in updated
+    assert events_table() in updated
     assert settings_table() in updated
     for kept in ("# Title\n", "\nbetween\n", "\nafter\n"):
         assert kept in updated

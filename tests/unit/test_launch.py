@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from job.handover import RunFolder
-from job.launch_command import Rendezvous, launch_command, worker_environment
+from job.handover import RunFolder, WorkerInputs
+from job.launch_command import Rendezvous, launch_command, tracking_environment, worker_environment
 from job.log import SECRET_VARIABLES
 from job.plan import TrainPlan
 
@@ -26,6 +26,42 @@ def test_workers_get_no_credentials_and_no_other_launchers_rendezvous(
     environment = worker_environment(plan_for())
     assert not set(foreign) & set(environment)
     assert environment["NCCL_DEBUG"] == "INFO"
+
+
+def test_a_tracker_gets_its_secret_and_its_defaults_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in SECRET_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
+    folder = RunFolder(tmp_path / "work" / "run")
+    folder.root.mkdir(parents=True)
+
+    def environment(*trackers: str) -> dict[str, str]:
+        paths = dict.fromkeys(("model_folder", "train_tokens"), tmp_path)
+        names = {
+            "train_names": [],
+            "eval_names": [],
+            "new_tokens": [],
+            "log_format": "json",
+            "log_level": "info",
+            "run_id": "run7",
+        }
+        inputs = WorkerInputs(
+            **paths, **names, eval_tokens=None, pad_token_id=0, vocabulary_size=1, report_to=list(trackers)
+        )
+        folder.inputs.write_text(inputs.model_dump_json())
+        return tracking_environment(folder)
+
+    assert environment() == {}
+    mlflow = environment("mlflow")
+    assert set(SECRET_VARIABLES) & set(mlflow) == {"MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"}
+    assert mlflow["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
+    assert int(mlflow["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) < 7  # its own default
+    both = environment("tensorboard", "wandb")
+    assert set(SECRET_VARIABLES) & set(both) == {"WANDB_API_KEY"}
+    assert both["WANDB_RUN_ID"] == "run7"
+    assert both["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "work" / "tensorboard" / "run7")
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,35 @@
 """Log lines hold no secret, and progress adds up."""
 
+import ast
 import json
 import logging
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from job.log import format_bytes, logger, redact, setup_logging, transfer_progress
+from job.log import (
+    EVENTS,
+    event,
+    format_bytes,
+    format_duration,
+    logger,
+    redact,
+    setup_logging,
+    transfer_progress,
+)
 
+JOB = Path(__file__).parents[2] / "job"
 SECRET = 'wJalr"\\XUtnFEMI'
 
 
 @pytest.mark.parametrize("log_format", ["auto", "text", "json"])
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "HF_TOKEN"])
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "WANDB_API_KEY"])
 def test_lines_and_tracebacks_are_redacted(
     log_format: Literal["auto", "text", "json"],
     name: str,
@@ -36,11 +50,11 @@ def test_lines_and_tracebacks_are_redacted(
     assert "refused: ***" in text
     assert "token ***" in text
     assert "not shown" not in text
-    if log_format == "json":
+    if log_format != "text":  # stderr is no terminal here
         first, second = (json.loads(line) for line in text.splitlines())
-        assert (first["level"], first["message"]) == ("error", "can't use ***")
+        assert (first["level"], first["event"], first["message"]) == ("error", "error", "can't use ***")
         assert first["traceback"].endswith("ValueError: refused: ***")
-        assert second["level"] == "warning"
+        assert (second["level"], second["event"]) == ("warning", "warning")
     else:
         assert "error: can't use ***\nTraceback" in text
 
@@ -49,6 +63,56 @@ def test_a_secret_that_holds_another_goes_whole(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "minio")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "minio123")
     assert redact("minio, minio123") == "***, ***"
+
+
+def test_a_password_in_a_uri_goes() -> None:
+    text = (
+        "can't reach https://me:p%40ss:word@mlflow.example:5000/api, https://mlflow.example:5000/a@b, s3://bucket/a@b"
+    )
+    assert redact(text) == text.replace("p%40ss:word", "***")
+
+
+def test_fields_of_an_event_are_redacted_and_valid_json(
+    capsys: pytest.CaptureFixture[str], own_logging: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    setup_logging("json", "info")
+    logger.info("diverged", extra=event("ended", reason=f"with {SECRET}", code=80, step=None, loss=float("nan")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("of a library", stacklevel=1)
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is no JSON")
+
+    ended, warned = (json.loads(line, parse_constant=refuse) for line in capsys.readouterr().err.splitlines())
+    assert {name: ended[name] for name in ("event", "reason", "code", "step", "loss")} == {
+        "event": "ended",
+        "reason": "with ***",
+        "code": 80,
+        "step": None,
+        "loss": "nan",
+    }
+    assert warned["event"] == "warning"
+    assert "of a library" in warned["message"]
+
+
+def event_calls() -> Iterator[tuple[str, set[str | None]]]:
+    for path in JOB.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "event":
+                [name] = node.args
+                assert isinstance(name, ast.Constant), f"{path}:{node.lineno}"
+                yield str(name.value), {keyword.arg for keyword in node.keywords}
+
+
+def test_every_event_is_documented_and_every_documented_one_there_is() -> None:
+    calls = list(event_calls())
+    assert {name for name, _ in calls} | {"log", "warning", "error"} == EVENTS.keys()
+    for name, fields in calls:
+        documented = EVENTS[name].fields.keys()
+        assert fields - {None} <= documented, name  # None: **fields, which the test of a whole run looks at
+        assert None in fields or fields == documented, name
 
 
 def test_a_value_too_short_for_a_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +164,8 @@ def test_progress_of_several_threads_adds_up(
 )
 def test_sizes_for_people(size_bytes: float, text: str) -> None:
     assert format_bytes(size_bytes) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (86_400, "24:00:00")])
+def test_times_for_people(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

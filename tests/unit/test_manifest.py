@@ -97,6 +97,7 @@ KEEPS = {
     "OUTPUT__LICENSE": "apache-2.0",
     "RUNTIME__WORK_DIR": "/elsewhere",
     "RUNTIME__LOG_FORMAT": "json",
+    "RUNTIME__REPORT_TO": "mlflow",
     "RUNTIME__LOG_LEVEL": "debug",
     "RUNTIME__TERMINATION_LOG": "/elsewhere/log",
     "RUNTIME__MAX_HOURS": "2",

@@ -198,4 +198,4 @@ def test_the_optimizer_is_the_planned_one(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda _: None)  # which looks for the GPU
     planned = plan.model_copy(update={"optimizer": optimizer, "device": device})
-    assert OptimizerNames(training_arguments(planned, tmp_path).optim).value == name
+    assert OptimizerNames(training_arguments(planned, tmp_path, run_name="").optim).value == name
