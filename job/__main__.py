@@ -22,9 +22,9 @@ from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, ExitCode, JobError
 from job.log import event, find_terminal, logger, setup_logging
 from job.nodes.node import Node, find_node
-from job.outcome import Progress, format_outcome, write_outcome
+from job.outcome import Progress, format_outcome, log_outcome, write_outcome
 from job.settings import Settings, load_runtime_settings, load_settings
-from job.settings_groups import RuntimeSettings
+from job.settings_runtime import RuntimeSettings
 from job.stopping import GRACE_SHARE, StopSignal, acknowledge_stop, be_patient, raise_on_stop_signals
 from job.work_dir import own_work_dir
 
@@ -261,22 +261,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK.code
     progress = Progress()
     ending, message, hint = _execute(command, runtime, progress)
-    _log_outcome(command, ending, message, hint, progress)
+    success = message if command.uris else f"run {progress.run_id} {message} ({progress.output})"
+    log_outcome(ending, message, hint, progress, success=success)
     write_outcome(runtime, format_outcome(ending, message, hint, progress))
     return ending.code
-
-
-def _log_outcome(command: Command, ending: ExitCode, message: str, hint: str, progress: Progress) -> None:
-    run = {name: getattr(progress, name) for name in ("run_id", "step", "total_steps", "output")}
-    fields = event("ended", code=ending.code, name=ending.name, reason=message, hint=hint, **run)
-    if ending is OK:
-        text = message if command.uris else f"run {progress.run_id} {message} ({progress.output})"
-        logger.info("%s", text, extra=fields)
-        return
-    logger.error("%s", message)
-    if hint:
-        logger.error("remedy: %s", hint)
-    logger.error("exit code %d (%s): %s", ending.code, ending.name, ending.when, extra=fields)
 
 
 def _execute(command: Command, runtime: RuntimeSettings, progress: Progress) -> tuple[ExitCode, str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from job.errors import UnavailableError
-from job.log import logger
+from job.log import event, logger
 from job.manifest import MANIFEST_NAME, hash_file
 from job.patience import insist
 from job.slot import OUTPUT_SETTING, has_merged, is_same_run, parse_manifest
@@ -54,7 +54,9 @@ def publish_in_one_commit(
         head, sha256_by_name = insist(partial(_commit, slot, publication, overwrite=overwrite, check_lease=check_lease))
         damaged = insist(partial(slot.find_damaged, head, sha256_by_name, folder.parent))
         if not damaged:
-            logger.info("published %d files at %s", len(sha256_by_name), slot.uri)
+            total_bytes = sum((folder / name).stat().st_size for name in sha256_by_name if name != MANIFEST_NAME)
+            fields = event("published", uri=slot.uri, files=len(sha256_by_name), size_bytes=total_bytes)
+            logger.info("published %d files at %s", len(sha256_by_name), slot.uri, extra=fields)
             return
         logger.warning("%s: %s read back differently from what was written", slot.uri, ", ".join(damaged))
         check_lease()

@@ -3,9 +3,9 @@
 import json
 from dataclasses import dataclass
 
-from job.errors import ExitCode
+from job.errors import OK, ExitCode
 from job.log import event, logger, redact
-from job.settings_groups import RuntimeSettings
+from job.settings_runtime import RuntimeSettings
 
 _LIMIT_BYTES = 4096  # what the kubelet keeps of a termination log
 
@@ -26,6 +26,20 @@ class Progress:
         """Begin a phase, and say so in the log."""
         self.phase = phase
         logger.info("== %s", phase, extra=event("phase", phase=phase))
+
+
+def log_outcome(ending: ExitCode, message: str, hint: str, progress: Progress, *, success: str) -> None:
+    """Say how it ended, to people (with 0: `success`) and as the event that is the last of a log."""
+    run = {"run_id": progress.run_id, "step": progress.step, "total_steps": progress.total_steps}
+    more = {"reason": message, "hint": hint, **run, "output": progress.output}
+    fields = event("ended", code=ending.code, name=ending.name, **more)
+    if ending is OK:
+        logger.info("%s", success, extra=fields)
+        return
+    logger.error("%s", message)
+    if hint:
+        logger.error("remedy: %s", hint)
+    logger.error("exit code %d (%s): %s", ending.code, ending.name, ending.when, extra=fields)
 
 
 def format_outcome(ending: ExitCode, message: str, hint: str, progress: Progress) -> str:

@@ -26,10 +26,10 @@ from job.settings_groups import (
     ModelSettings,
     OutputSettings,
     ParallelSettings,
-    RuntimeSettings,
     TrainSettings,
 )
 from job.settings_problems import DELIMITER, PREFIX, broken_groups, describe, unknown_names
+from job.settings_runtime import RuntimeSettings
 
 
 class Settings(BaseSettings):

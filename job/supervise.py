@@ -9,7 +9,7 @@ from job.errors import PreemptedError
 from job.handover import RunFolder, StopRequest, write_whole
 from job.log import logger
 from job.nodes.peers import Peers
-from job.settings_groups import RuntimeSettings
+from job.settings_runtime import RuntimeSettings
 from job.stopping import GRACE_SHARE, StopSignal, acknowledge_stop
 from job.watchdog import Watchdog
 

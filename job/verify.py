@@ -20,7 +20,8 @@ from job.manifest import MANIFEST_NAME, hash_file
 from job.memory.model_shape import read_model_shape
 from job.outcome import Progress
 from job.plan import TrainPlan
-from job.settings_groups import ModelSettings, RuntimeSettings
+from job.settings_groups import ModelSettings
+from job.settings_runtime import RuntimeSettings
 from job.slot import has_merged, is_manifest
 from job.storage import ReadableStore, StoredFile, open_store
 

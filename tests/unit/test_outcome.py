@@ -7,7 +7,7 @@ import pytest
 
 from job.errors import CONFIG, OK
 from job.outcome import Progress, format_outcome, write_outcome
-from job.settings_groups import RuntimeSettings
+from job.settings_runtime import RuntimeSettings
 
 LIMIT_BYTES = 4096
 

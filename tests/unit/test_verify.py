@@ -19,7 +19,7 @@ from job.errors import DataError, NotFoundError
 from job.handover import NewTokenInput
 from job.outcome import Progress
 from job.plan import TrainPlan
-from job.settings_groups import RuntimeSettings
+from job.settings_runtime import RuntimeSettings
 from job.verify import verify
 
 PlanFor = Callable[..., TrainPlan]
