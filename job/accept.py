@@ -104,5 +104,5 @@ def find_wrong_config(config: Mapping[str, Any], plan: Mapping[str, Any]) -> str
     }
     for key, value in expected.items():
         if config.get(key) != value:
-            return f"{ADAPTER_CONFIG}: {key} is {config.get(key)}, and it was trained with {value}"
+            return f"{key} is {config.get(key)}, and it was trained with {value}"
     return None

@@ -64,7 +64,7 @@ def accept_adapter(base: PreTrainedModel, folder: Path, task: AcceptanceTask) ->
     plan = task.plan
     wrong = find_wrong_config(json.loads((folder / ADAPTER_CONFIG).read_bytes()), plan.model_dump())
     if wrong is not None:
-        raise DataError(f"the adapter that was read back isn't what was trained: {wrong}")
+        raise DataError(f"the adapter that was read back isn't what was trained: in {ADAPTER_CONFIG}, {wrong}")
     if plan.new_tokens:
         _make_room(base, folder, task)
     model = _load_adapter(base, folder)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from bare_model import TEXTS, save_bare_model
 from job_cli import job_environment, run_job
 from seaweed import SeaweedFS
@@ -26,6 +27,27 @@ def read_slot(s3_client: "S3Client", bucket: str, folder: Path) -> dict[str, Any
         "manifest.json",
     }
     return manifest
+
+
+def check_verify(environment: dict[str, str], s3_client: "S3Client", bucket: str) -> None:
+    """Verify what is published, with new tokens on a base model that is at hand, and then with one byte changed."""
+    variables = {name: value for name, value in environment.items() if not name.startswith(("SFT_MODEL", "SFT_DATA"))}
+    slot = f"s3://{bucket}/out"
+    whole = run_job(variables, "verify", slot)
+    assert whole.code == 0, whole.output
+    assert "  every file is there, with the sha256 that the manifest lists\n" in whole.output
+    assert f"  it loads onto {environment['SFT_MODEL__ID']}\n" in whole.output
+
+    name = "out/adapter_model.safetensors"
+    content = s3_client.get_object(Bucket=bucket, Key=name)["Body"].read()
+    s3_client.put_object(Bucket=bucket, Key=name, Body=content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    damaged = run_job(variables, "verify", slot)
+    assert damaged.code == 65, damaged.output
+    assert damaged.outcome["message"] == (f"{slot}: 1 of what was published is damaged: adapter_model.safetensors")
+    assert "  adapter_model.safetensors: has sha256 " in damaged.output
+    s3_client.put_object(Bucket=bucket, Key=name, Body=content)
+    nothing = run_job(variables, "verify", f"s3://{bucket}/elsewhere")
+    assert nothing.code == 66, nothing.output
 
 
 def test_merged_later_and_loaded_without_peft(
@@ -66,6 +88,12 @@ def test_merged_later_and_loaded_without_peft(
         "adapter_model.safetensors",
         *(f"merged/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")),
     }
+    accepted = manifest["acceptance"]
+    assert accepted["loss"] == pytest.approx(accepted["loss_trained"], rel=accepted["tolerance"])
+    assert (accepted["rows"], accepted["skipped"]) == (5, None)
+    takes = {verdict["engine"]: verdict["takes"] for verdict in manifest["serving"]["engines"]}
+    assert (takes["Transformers with PEFT"], takes["vLLM"]) == (True, False)  # DoRA, and rows for new tokens
+    assert "vllm serve out/merged" in manifest["serving"]["vllm"]
     metrics = manifest["metrics"]
     assert metrics["eval_loss_merged"] < metrics["eval_loss_base"]
     assert abs(metrics["eval_loss_merged"] - metrics["eval_loss"]) < 0.05
@@ -90,6 +118,8 @@ def test_merged_later_and_loaded_without_peft(
     assert stop in ids
     assert torch.allclose(model(ids).logits, adapted(ids).logits, atol=1e-4)
     assert not list(merged.glob("adapter*"))
+
+    check_verify(environment, s3_client, bucket)
 
     third = run_job(asked)
     assert third.code == 0, third.output
