@@ -4,17 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from peft import PeftModel
 from torch import nn
 
 from job.accept import ROWS, AcceptanceRow
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.plan import TrainPlan
-from job.support import Engine
 from job.train.dataset import IGNORED, Collate, TokenRows
 from job.train.evaluate import evaluate_rows
-from job.train.gather import find_trained, replace_one
 
 _ROWS = 8
 _TOKENS = 512  # of each: logits of more may not fit where the loss was computed in chunks
@@ -69,13 +65,3 @@ def _cut(segments: np.ndarray, tokens: Path) -> np.ndarray:
         first = start + max(0, int(supervised.int().argmax()) - _TOKENS // 2)
         cut[index, 1:] = first, min(stop, first + _TOKENS)
     return cut
-
-
-@torch.no_grad()
-def put_weights(model: PeftModel, weights: dict[str, torch.Tensor], engine: Engine) -> None:
-    """Put trained weights, as `gather_trained` returns them, back into the model: the best, where they aren't the last.
-
-    Every process must call it.
-    """
-    for name, weight in find_trained(model).items():
-        replace_one(weight, weights[name].to(weight.device), engine)

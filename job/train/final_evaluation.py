@@ -69,6 +69,10 @@ class FinalEvaluation:
         self._pulse.beat()
         self._agree(None)
 
+    def measure_rows(self, measure: Callable[[], None]) -> None:
+        """Have the rows measured that a fresh process must find again, one at a time; `measure` calls `beat`."""
+        self._attempt("the loss on single rows", [1], lambda _: measure())
+
     def compare(
         self, base: np.ndarray, rows: TokenRows, names: list[str], evaluate: Callable[[int], np.ndarray]
     ) -> None:

@@ -16,7 +16,7 @@ from job.errors import InternalError, PreemptedError
 from job.handover import RunFolder, SampleInputs, WorkerInputs, write_whole
 from job.log import logger
 from job.plan import TrainPlan
-from job.train.acceptance_rows import measure_rows, put_weights
+from job.train.acceptance_rows import measure_rows
 from job.train.adapter import save_adapter
 from job.train.beats import Beats
 from job.train.checkpoint import Checkpoints
@@ -146,9 +146,6 @@ def train(
     weights = gather() if stopping is None else stopping.best_weights
     pulse.beat()
     save_adapter(model, weights, folder.adapter, rank=rank)
-    if stopping is not None:
-        put_weights(model, weights, plan.engine)
-    measure_rows(callable_model(plan, trainer), plan, inputs, folder, collate, rank=rank, beat=pulse.beat)
     if rank == 0:
         compare_with_estimate(plan, int(result["peak_memory_bytes"]))
         write_whole(folder.result, json.dumps(result, allow_nan=False))
@@ -158,13 +155,15 @@ def train(
     if stopping is not None:
         replace_trained(model, weights, plan.engine)
     announce = partial(metrics.announce_result, steps if stopping is None else stopping.best_step)
+    trained = callable_model(plan, trainer)
     final = FinalEvaluation(plan, folder, rank=rank, pulse=pulse, announce=announce)
+    final.measure_rows(lambda: measure_rows(trained, plan, inputs, folder, collate, rank=rank, beat=final.beat))
     if checkpoints.eval_rows_base is not None:
         final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, lambda size: evaluate(final.beat, size))
     if folder.samples.exists():
         samples = SampleInputs.model_validate_json(folder.samples.read_bytes())
         base, pad = model.get_base_model(), inputs.pad_token_id
-        answerer = Answerer(callable_model(plan, trainer), base, pad, plan, rank=rank, beat=final.beat)
+        answerer = Answerer(trained, base, pad, plan, rank=rank, beat=final.beat)
         final.ask(samples, model, answerer)
 
 

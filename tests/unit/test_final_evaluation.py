@@ -155,6 +155,7 @@ def test_no_memory_at_all_costs_figures_only(
     assert (found.loss, found.rows) == (None, [])
     assert [(sample.before, sample.after) for sample in found.samples] == [(None, None)] * 3
     assert found.problems == [
+        "the loss on single rows: out of memory, even for one at a time",
         "the held-out loss: out of memory, even for one at a time",
         "the answers to prompts: out of memory, even for one at a time",
     ]

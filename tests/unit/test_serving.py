@@ -35,7 +35,7 @@ def facts(*, vocabulary_size: int = 50_000, stored: Any = "none", **changes: Any
         (facts(target_modules=["q_proj", "lm_head"]), {"TensorRT-LLM", "llama.cpp (GGUF)"}),
         (facts(target_modules=["c_attn"]), {"TGI", "LoRAX", "TensorRT-LLM"}),
     ],
-    ids=str,
+    ids=["plain", "r512", "r513", "vocabulary", "dora", "rslora", "whole", "rows", "head", "gpt2"],
 )
 def test_who_takes_it(adapter: AdapterFacts, refused_by: set[str]) -> None:
     verdicts = judge_engines(adapter)
