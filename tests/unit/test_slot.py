@@ -1,12 +1,17 @@
 """Where a run's slot is, and where that is kept which changes while it goes on."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from job.checkpoints.stored import FINISHED, Checkpoint, CheckpointStore
 from job.errors import ConfigError
 from job.settings_groups import OutputSettings
-from job.slot import keep_bad_rows, open_checkpoints, open_slot, open_workplace
+from job.slot import is_finished, keep_bad_rows, open_checkpoints, open_slot, open_workplace
+from job.storage.local import LocalStore
 
 RUN = "0123456789abcdef"
 
@@ -46,3 +51,27 @@ def test_bad_rows_are_kept_here(tmp_path: Path) -> None:
 def test_a_repository_that_can_not_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="SFT_OUTPUT__URI=hf://spaces/n: not a place on the Hub"):
         open_slot(OutputSettings.model_construct(uri="hf://spaces/n"), RUN)
+
+
+@pytest.mark.parametrize(
+    ("takes_commits", "kept", "nodes", "finished"),
+    [
+        (True, RUN, 1, False),  # killed between the commit and the reading back
+        (True, RUN, 2, True),
+        (True, "another run", 1, True),
+        (True, None, 1, True),
+        (False, RUN, 1, True),  # killed after the manifest, which comes last there
+    ],
+)
+def test_a_commit_counts_when_it_was_read_back(
+    tmp_path: Path, takes_commits: bool, kept: str | None, nodes: int, finished: bool
+) -> None:
+    manifest = json.dumps({"run_id": RUN, "files": []}).encode()
+    slot = cast(Any, SimpleNamespace(uri="hf://o/n", takes_commits=takes_commits, read=lambda name: manifest))
+    checkpoints = CheckpointStore(LocalStore(str(tmp_path / "checkpoint"), setting="SFT_CHECKPOINT__URI"))
+    if kept is not None:
+        (tmp_path / "finished").mkdir()
+        checkpoint = Checkpoint(run_id=kept, step=1, world_size=1, created_at="", job_version="", plan={}, run={})
+        checkpoints.commit(tmp_path / "finished", FINISHED, checkpoint)
+    output = OutputSettings(uri="hf://o/n")
+    assert is_finished(slot, checkpoints, RUN, output, nodes=nodes) == finished
