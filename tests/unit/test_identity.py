@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from job.errors import ConfigError, DataError
-from job.nodes.identity import refuse_differences
+from job.nodes.identity import name_differences, refuse_differences
 
 
 def run(*files: tuple[str, str], plan: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
@@ -57,3 +57,10 @@ def test_a_plan_that_another_machine_leads_to() -> None:
 def test_many_differences_are_cut_short() -> None:
     with pytest.raises(ConfigError, match="and 3 more"):
         refuse_differences([run(**{f"v{n}": 0 for n in range(13)}), run(**{f"v{n}": 1 for n in range(13)})])
+
+
+def test_prompts_must_be_the_same_everywhere_but_make_no_other_run() -> None:
+    first, other = (run(SFT_EVAL__PROMPTS=prompts, SFT_TRAIN__SEED=seed) for prompts, seed in (("a", 1), ("b", 2)))
+    with pytest.raises(ConfigError, match="SFT_EVAL__PROMPTS is b, node 0's is a"):
+        refuse_differences([first, other])
+    assert name_differences(first, other) == ["SFT_TRAIN__SEED is 1, and was 2"]
