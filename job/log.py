@@ -78,7 +78,7 @@ EVENTS = {
         {"label": "what is transferred", "done_bytes": "so far", "total_bytes": "in all"},
     ),
     "step": Event(
-        "every `SFT_TRAIN__LOGGING_STEPS` steps, as in `metrics.jsonl`",
+        "after the first step, the last, and every `SFT_TRAIN__LOGGING_STEPS`, as in `metrics.jsonl`",
         {
             "step": "optimizer steps done",
             "total_steps": "of the plan",
