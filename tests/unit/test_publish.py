@@ -122,7 +122,7 @@ def publish(
     manifest: dict[str, Any],
     *,
     overwrite: bool,
-    accept: Callable[[Path], None] = lambda _: None,
+    accept: Callable[[Path], object] = lambda _: None,
     check_lease: Callable[[], None] = lambda: None,
 ) -> None:
     """Publish, with the files that are called `card` and the like as what is written at the end."""
@@ -307,6 +307,16 @@ def test_what_was_read_back_is_judged_before_it_is_described(tmp_path: Path, slo
     publish(store, tmp_path / "run", manifest, overwrite=False)
     assert consistent(store, slot) == "one"
     assert [path for path in tmp_path.iterdir() if path.name.startswith("read-back")] == []
+
+
+def test_a_page_that_lay_there_before_is_published_as_it_was_made_at_the_end(tmp_path: Path, slot: Path) -> None:
+    manifest = make_run(tmp_path / "run", "one", {"a.json": "{}", "card": "as it is in the end"})
+    (tmp_path / "run" / "card").write_text("what a library left there")
+    make = (tmp_path / "run" / "card").write_text
+    publish(
+        WatchedStore(slot), tmp_path / "run", manifest, overwrite=False, accept=lambda _: make("as it is in the end")
+    )
+    assert consistent(WatchedStore(slot), slot) == "one"
 
 
 def consistent(store: WatchedStore, slot: Path) -> str | None:
