@@ -16,8 +16,8 @@ from job.lease import Lease
 from job.log import find_terminal, logger
 from job.memory.found import forget_memory_found
 from job.prepared import Prepared
-from job.record import make_manifest, record_run
-from job.report.pages import PAGES, write_pages
+from job.record import PAGES, make_manifest, record_run
+from job.report.pages import write_pages
 from job.report.text import format_result
 from job.serving import EngineVerdict, judge_engines, read_facts, vllm_command
 from job.slot import has_merged

@@ -20,6 +20,7 @@ from job.serving import EngineVerdict
 if TYPE_CHECKING:
     from job.prepared import Prepared
 
+PAGES = ("README.md", "report.html")  # what is made of a record, to be published with the files that it lists
 _SCHEMA_VERSION = 1
 
 
@@ -95,7 +96,7 @@ def record_run(
         serve_command=serve_command,
         warnings=[*xray["warnings"], *prepared.plan.warnings],
         xray=xray,
-        files=list_files(folder.adapter),
+        files=[file for file in list_files(folder.adapter) if file.path not in PAGES],  # PEFT leaves a README.md, too
     )
 
 

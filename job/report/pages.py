@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from job.record import PublishedFile, RunRecord, describe_file
+from job.record import PAGES, PublishedFile, RunRecord, describe_file
 from job.report.card import format_model_card
 from job.report.html import format_report
-
-PAGES = ("README.md", "report.html")
 
 
 def write_pages(record: RunRecord, folder: Path) -> list[PublishedFile]:

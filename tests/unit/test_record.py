@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from job.record import RunRecord, list_files, make_manifest
-from job.report.pages import PAGES, write_pages
+from job.record import PAGES, RunRecord, list_files, make_manifest
+from job.report.pages import write_pages
 
 RecordFor = Callable[..., RunRecord]
 
