@@ -17,9 +17,10 @@ from job.support import Quantization
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # How far losses may lie apart, as a share of the trained model's, for it to be rounding. By the same kernels they lie
-# 4e-8 apart in float32 and 1e-4 in bfloat16 (measured on a CPU); another kernel adds up in another order, and ZeRO
-# computes with copies of the trained weights in the base's precision. Far below what an adapter that learned changes.
-_TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 1e-2}
+# 4e-8 apart in float32 and 1e-4 in bfloat16 (measured on a CPU). Another kernel adds up in another order, which moves a
+# logit of 16 to 32 by 0.125 in bfloat16, its last bit, and so a short row's loss by about 1 %; and ZeRO computes with
+# copies of the trained weights in the base's precision. To refuse what is sound would cost a run.
+_TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _QUANTIZED_TOLERANCE = 1e-2  # bitsandbytes computes in 16 bits inside, whatever the model's precision
 _COMMIT_DIGITS = 40  # a git commit; the revision of a model elsewhere is a sha256
 

@@ -24,6 +24,7 @@ from job.prepared import Prepared
 from job.processes import die_with
 
 _MODULE = "job.train.accept"
+_KEPT = "start again: what was trained is kept; if it is refused again, please report it, with the log"
 
 
 def make_task(prepared: Prepared, folder: RunFolder) -> AcceptanceTask | str:
@@ -85,7 +86,7 @@ class FreshProcess:
         if outcome.out_of_memory:
             return Acceptance(skipped=outcome.message)
         if outcome.code == DATA.code:
-            raise RefusedError(outcome.message, hint=outcome.hint)
+            raise RefusedError(outcome.message, hint=_KEPT)
         if outcome.code != 0:
             raise ERROR_BY_CODE[outcome.code](outcome.message, hint=outcome.hint)
         return Acceptance.model_validate_json(self._folder.acceptance.read_bytes())

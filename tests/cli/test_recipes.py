@@ -491,7 +491,7 @@ def test_hub(hub: HubStandIn, tiny_model: Path, tmp_path: Path) -> None:
     slot = tmp_path / "downloaded"
     snapshot_download("my-org/qa-adapter", endpoint=hub.endpoint, token=environment["HF_TOKEN"], local_dir=slot)
     run = Published(slot, tmp_path, ended.output)
-    assert "\nlicense: apache-2.0\n" in (slot / "README.md").read_text()
+    assert '\nlicense: "apache-2.0"\n' in (slot / "README.md").read_text()
     listed = {file["path"]: file["sha256"] for file in json.loads((slot / "manifest.json").read_text())["files"]}
     assert listed == {
         name: hashlib.sha256(blob.content).hexdigest()

@@ -22,11 +22,11 @@ from pathlib import Path
 from job.train.heartbeat import dump_stacks_when_asked
 
 def wait_in_a_collective():
+    print(flush=True)
     time.sleep(600)
 
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 dump_stacks_when_asked(Path(sys.argv[1]))
-print(flush=True)
 wait_in_a_collective()
 """
 
