@@ -96,7 +96,8 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     assert "held-out loss: " in first.output
     report = s3_client.get_object(Bucket=bucket, Key=prefix + "report.html")["Body"].read().decode()
     assert f"{manifest['metrics']['eval_loss']:.3f}</span>" in report
-    assert manifest["files"][0]["sha256"] in report
+    [weights] = [file for file in manifest["files"] if file["path"] == "adapter_model.safetensors"]
+    assert weights["sha256"] in report
     assert f"Report      {slot}/report.html" in first.output
     everything = first.output + json.dumps(manifest) + report
     assert seaweed.secret_key not in everything
