@@ -216,6 +216,8 @@ def prepare(
             drop_lease(workplace, inputs.run_id)
         return None
     if node.rank == 0:
+        if slot is not workplace:
+            slot.check_writable()
         workplace.check_writable()
         checkpoints.store.check_writable()
 

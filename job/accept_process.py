@@ -50,6 +50,8 @@ def make_task(prepared: Prepared, folder: RunFolder) -> AcceptanceTask | str:
 def find_lacking_memory(plan: TrainPlan, shape: ModelShape, hardware: Hardware) -> str | None:
     """Return why the whole model can't be held by one process, on the device that it was trained on, if it can't."""
     is_gpu = plan.device == "cuda"
+    if is_gpu and not hardware.gpus:
+        return "it was trained on a GPU, and there is none here"
     there_bytes = min(gpu.memory_bytes for gpu in hardware.gpus) if is_gpu else hardware.memory_bytes
     alone = replace(pick_setup(plan.model_dump()), engine="ddp", offload=False, nodes=1, processes=1)
     needs = estimate_memory(alone, shape, there_bytes)

@@ -15,6 +15,7 @@ from job.log import logger
 from job.nodes.peers import Peers
 from job.outcome import Progress
 from job.prepared import Prepared
+from job.stopping import stop_in
 from job.supervise import Supervisor
 from job.watchdog import Watchdog
 
@@ -67,7 +68,10 @@ def attempt_training(
         except JobError as failure:
             if isinstance(failure, DivergedError) or not folder.trained.exists():
                 raise
+            peers.interrupt(failure.message)  # other nodes' workers may wait for those of this one
             _note_failure(folder, failure)
+        if supervisor.is_stopping:  # in the last evaluation: what is left of the grace is for publishing
+            stop_in(supervisor.left_s)
 
 
 def _note_failure(folder: RunFolder, failure: JobError) -> None:

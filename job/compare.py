@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import PurePosixPath
@@ -61,7 +61,7 @@ class PublishedRun:
 
     def metric(self, name: str) -> float | None:
         """Return one of the final metrics, where it is a number."""
-        return as_number(self.manifest.get("metrics", {}).get(name))
+        return as_number((self.manifest.get("metrics") or {}).get(name))
 
 
 def compare(uris: Sequence[str]) -> str:
@@ -121,7 +121,7 @@ def _name(runs: Sequence[PublishedRun]) -> list[str]:
 
 
 def _differing_settings(runs: Sequence[PublishedRun]) -> Iterator[Row]:
-    trees = [dict(_flatten(run.manifest.get("settings", {}))) for run in runs]
+    trees = [dict(_flatten(run.manifest.get("settings") or {})) for run in runs]
     return _differences(trees)
 
 
@@ -139,7 +139,7 @@ def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _differing_plan(runs: Sequence[PublishedRun], settings: Sequence[Row]) -> Iterator[Row]:
     """Yield what was planned differently, but for what a setting's own row says already."""
     plans = [
-        {name: value for name, value in run.manifest.get("plan", {}).items() if name not in _NOT_COMPARED_PLAN}
+        {name: value for name, value in (run.manifest.get("plan") or {}).items() if name not in _NOT_COMPARED_PLAN}
         for run in runs
     ]
     for name, cells in _differences(plans):
@@ -149,20 +149,21 @@ def _differing_plan(runs: Sequence[PublishedRun], settings: Sequence[Row]) -> It
 
 def _differing_data(runs: Sequence[PublishedRun]) -> Iterator[Row]:
     """Yield the files that not all runs have, by their content."""
-    by_run = [{file["sha256"]: file for file in run.manifest.get("data", [])} for run in runs]
+    by_run = [{file.get("sha256", ""): file for file in run.manifest.get("data") or []} for run in runs]
     for sha256 in dict.fromkeys(sha256 for files in by_run for sha256 in files):
         if not all(sha256 in files for files in by_run):
-            uri = next(files[sha256]["uri"] for files in by_run if sha256 in files)
+            uri = next(str(files[sha256].get("uri", _NONE)) for files in by_run if sha256 in files)
             cells = [
-                f"{files[sha256]['rows']:,} rows, {sha256[:_DIGITS]}" if sha256 in files else _NONE for files in by_run
+                f"{files[sha256].get('rows', _NONE)} rows, {sha256[:_DIGITS]}" if sha256 in files else _NONE
+                for files in by_run
             ]
             yield uri, cells
 
 
 def _differing_surroundings(runs: Sequence[PublishedRun]) -> Iterator[Row]:
     yield from _differences([{"sft-job": run.manifest.get("job_version")} for run in runs])
-    yield from _differences([run.manifest.get("packages", {}) for run in runs])
-    yield from _differences([run.manifest.get("hardware", {}) for run in runs])
+    yield from _differences([run.manifest.get("packages") or {} for run in runs])
+    yield from _differences([run.manifest.get("hardware") or {} for run in runs])
 
 
 def _differences(trees: Sequence[dict[str, Any]]) -> Iterator[Row]:
@@ -274,8 +275,15 @@ def _parse_manifest(content: bytes | None) -> dict[str, Any] | None:
 
 
 def _parse_lines(content: bytes | None) -> list[dict[str, Any]]:
-    found: Iterable[Any] = (json.loads(line) for line in (content or b"").splitlines() if line)
+    found = map(_parse_line, (content or b"").splitlines())
     return [line for line in found if isinstance(line, dict)]
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # cut off: what is whole is compared
+        return None
 
 
 def _parse_evaluation(uri: str, content: bytes | None) -> Evaluation | None:

@@ -8,7 +8,8 @@ never used on purpose, because it is what an uncaught Python error returns.
     |- DataError           65  the data can't be trained on
     |- NotFoundError       66  data, model or revision not found
     |- UnavailableError    69  a store, the Hub or a peer out of reach after retries
-    |  `- DamagedError         a file that isn't what it was when it was written
+    |  |- DamagedError         a file that isn't what it was when it was written
+    |  `- TakenOverError       another job holds the slot
     |- InternalError       70  a bug in the job
     |  `- RefusedError          an adapter that isn't what was trained, or can't be loaded
     |- ResourcesError      71  out of GPU memory, host memory or disk
@@ -107,6 +108,10 @@ class UnavailableError(JobError):
     def __init__(self, message: str, *, hint: str = "", retry_after_s: float = 0.0) -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class TakenOverError(UnavailableError):
+    """Another job holds the slot now: waiting changes nothing."""
 
 
 class DamagedError(UnavailableError):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from job.errors import ConfigError, JobError, UnavailableError
+from job.errors import ConfigError, JobError, TakenOverError
 from job.log import logger
 from job.stopping import acknowledge_stop
 from job.storage import Store
@@ -122,7 +122,7 @@ class Lease:
         else:
             self._note(found)
         if self._lost is not None:
-            raise UnavailableError(
+            raise TakenOverError(
                 f"{self._output}: taken over by {self._lost.describe()}, for this one had not renewed its lease",
                 hint="nothing, if that job goes on; it finds the checkpoints of this one",
             )

@@ -198,6 +198,15 @@ def setup_logging(log_format: LogFormat, level: str) -> None:
     logger.setLevel(level.upper())
 
 
+def adopt_library_logs() -> None:
+    """Have the lines of libraries that write them by themselves come as ours do, redacted; to be called after their
+    import, which sets that up."""
+    for name in ("transformers", "huggingface_hub"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+
+
 def settle_log_format(log_format: LogFormat) -> Literal["text", "json"]:
     """Return what `auto` means for this process: text on a terminal, JSON elsewhere."""
     if log_format == "auto":

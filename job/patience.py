@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from job.errors import UnavailableError
+from job.errors import TakenOverError, UnavailableError
 from job.log import logger
 
 PATIENCE_S = 300.0
@@ -18,13 +18,16 @@ def insist(act: Callable[[], Result]) -> Result:
     """Do something with a store; where it is out of reach, again and again for five minutes, with growing pauses,
     none shorter than it asks for.
 
-    Raises the last UnavailableError then, and all other errors at once; a signal ends a pause.
+    Raises the last UnavailableError then, and all other errors at once, TakenOverError among them; a signal ends a
+    pause.
     """
     away_since_s: float | None = None  # an upload that failed may have taken longer than that
     pause_s = FIRST_PAUSE_S
     while True:
         try:
             return act()
+        except TakenOverError:
+            raise
         except UnavailableError as error:
             now_s = time.monotonic()
             away_since_s = now_s if away_since_s is None else away_since_s

@@ -78,6 +78,8 @@ def _judge_serving(prepared: Prepared, adapter_folder: Path) -> tuple[list[Engin
         own_template=dataset.template is not None,
         is_merged=has_merged(_list_files(adapter_folder)),
     )
+    if command is not None and prepared.settings.output.pull_request:
+        command = f"# once the pull request is merged:\n{command}"
     return judge_engines(facts), command
 
 

@@ -52,6 +52,12 @@ def be_patient(patience_s: float) -> None:
     _patience_s = patience_s
 
 
+def stop_in(left_s: float) -> None:
+    """Raise StopSignal once more, so many seconds from now, after a first one was caught and is over: what is done by
+    then is done."""
+    signal.setitimer(signal.ITIMER_REAL, max(left_s, _REMINDER_S), _REMINDER_S)
+
+
 def acknowledge_stop() -> None:
     """End the reminders: called first where StopSignal is caught, and where cleaning up after it takes its time."""
     signal.setitimer(signal.ITIMER_REAL, 0)

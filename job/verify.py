@@ -24,6 +24,7 @@ from job.settings_groups import ModelSettings
 from job.settings_runtime import RuntimeSettings
 from job.slot import has_merged, is_manifest
 from job.storage import ReadableStore, StoredFile, open_store
+from job.work_dir import refuse_work_dir
 
 _SETTING = "URI"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -41,8 +42,7 @@ def verify(uri: str, runtime: RuntimeSettings, progress: Progress) -> str:
     files = manifest["files"]
     total_bytes = sum(file["bytes"] for file in files)
     print(f"{uri}: run {progress.run_id}, {len(files)} files, {format_bytes(total_bytes)}")
-    runtime.work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=runtime.work_dir) as scratch:
+    with _scratch(runtime.work_dir) as scratch:
         adapter = Path(scratch) / "adapter"
         progress.enter("comparing the files")
         problems = _find_damage(store, files, adapter)
@@ -58,6 +58,14 @@ def verify(uri: str, runtime: RuntimeSettings, progress: Progress) -> str:
     base = manifest["base_model"]["id"]
     print(f"  it loads onto {base}" if not_tried is None else f"  whether it loads was not tried: {not_tried}")
     return f"run {progress.run_id} is whole at {uri}"
+
+
+def _scratch(work_dir: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="verify-", dir=work_dir)
+    except OSError as error:
+        raise refuse_work_dir(work_dir, error) from error
 
 
 def _read_manifest(store: ReadableStore) -> dict[str, Any]:
@@ -80,7 +88,12 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
     files, base = manifest["files"], manifest.get("base_model")
     if not isinstance(manifest.get("plan"), dict) or not isinstance(base, dict) or not {"id", "revision"} <= set(base):
         return False
-    return all({"sha256", "bytes"} <= set(file) and _is_inside(str(file["path"])) for file in files)
+    return all(_is_described(file) and _is_inside(file["path"]) for file in files)
+
+
+def _is_described(file: Mapping[str, Any]) -> bool:
+    texts = file["path"], file.get("sha256")
+    return all(isinstance(text, str) for text in texts) and isinstance(file.get("bytes"), int)
 
 
 def _is_inside(path: str) -> bool:
@@ -91,9 +104,11 @@ def _is_inside(path: str) -> bool:
 def _find_damage(store: ReadableStore, listed: list[dict[str, Any]], folder: Path) -> dict[str, str]:
     """Return what is wrong with each file of a slot; bring the whole ones, but the merged model, into a folder."""
     found = {file.path: file for file in store.find()}
-    problems = {
-        name: "is a pickle, which this job never publishes: don't load it" for name in found if name.endswith(_PICKLES)
-    }
+    pickles = {name for name in found if name.endswith(_PICKLES)}
+    ours = pickles & {file["path"] for file in listed}
+    for name in sorted(pickles - ours):  # a repository on the Hub may have had it before
+        print(f"  {name}: is a pickle, and not of this run: don't load it")
+    problems = dict.fromkeys(sorted(ours), "is a pickle, which this job never publishes: don't load it")
     for file in listed:
         name = file["path"]
         problem = _compare(store, found.get(name), file, folder)

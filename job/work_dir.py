@@ -9,6 +9,13 @@ from job.disk_full import is_disk_full
 from job.errors import ConfigError, JobError, ResourcesError
 
 
+def refuse_work_dir(work_dir: Path, error: OSError) -> ConfigError:
+    """Return what there is to say of a work folder in which nothing can be written."""
+    return ConfigError(
+        f"SFT_RUNTIME__WORK_DIR={work_dir}: can't be used: {error.strerror}", hint="name a folder that can be written"
+    )
+
+
 @contextmanager
 def own_work_dir(work_dir: Path) -> Iterator[Path]:
     """Make the work folder and keep other jobs out of it.
@@ -19,10 +26,7 @@ def own_work_dir(work_dir: Path) -> Iterator[Path]:
         work_dir.mkdir(parents=True, exist_ok=True)
         lock = (work_dir / "lock").open("w")
     except OSError as error:
-        raise ConfigError(
-            f"SFT_RUNTIME__WORK_DIR={work_dir}: can't be used: {error.strerror}",
-            hint="name a folder that can be written",
-        ) from error
+        raise refuse_work_dir(work_dir, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however this process ends

@@ -132,16 +132,16 @@ def keep_finished(prepared: Prepared, folder: RunFolder) -> None:
     """Put what is left to publish into the store, for a start after one that couldn't; a failure is a warning."""
     kept = folder.root / FINISHED
     shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(folder.adapter, kept / folder.adapter.name)
-    for path in _files_to_keep(folder):
-        if path.exists():
-            shutil.copy(path, kept)
     step = int(folder.read_result()["steps"])
     try:
+        shutil.copytree(folder.adapter, kept / folder.adapter.name)
+        for path in _files_to_keep(folder):
+            if path.exists():
+                shutil.copy(path, kept)
         prepared.checkpoints.commit(kept, FINISHED, describe_checkpoint(prepared, step, prepared.plan.world_size))
-    except JobError as error:
-        logger.warning("a start after this one would have to train again, from a checkpoint: %s", error.message)
-    shutil.rmtree(kept)
+    except (JobError, OSError) as error:  # a full disk among them
+        logger.warning("a start after this one would have to train again, from a checkpoint: %s", error)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def _files_to_keep(folder: RunFolder) -> tuple[Path, ...]:

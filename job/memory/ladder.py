@@ -6,7 +6,7 @@ the beginning. What was found is kept in the workplace for a retry, until the ad
 
 from collections.abc import Callable, Sequence
 
-from job.errors import ConfigError, OutOfMemoryError, ResourcesError
+from job.errors import ConfigError, OutOfMemoryError, ResourcesError, UnavailableError
 from job.handover import RunFolder
 from job.log import logger
 from job.memory.estimate import estimate_memory, pick_setup
@@ -34,7 +34,7 @@ def train_within_memory(
     """
     prepared = _begin_where_a_start_left_off(prepared, folder, peers)
     tried = [prepared.plan]
-    shortage = _train(prepared, peers, attempt)
+    shortage = _train(prepared, folder, peers, attempt)
     while shortage is not None:
         smaller = take_smaller_step(prepared.plan)
         if smaller is None:
@@ -43,7 +43,7 @@ def train_within_memory(
         if peers.node_rank == 0:
             keep_memory_found(prepared)
         try:
-            shortage = _train(prepared, peers, attempt)
+            shortage = _train(prepared, folder, peers, attempt)
         except ConfigError as refusal:  # the plan before it was none: not every model's loss can be computed in chunks
             logger.warning("that is no way out: %s", refusal.message)
             break
@@ -71,7 +71,9 @@ def _hand_over_again(prepared: Prepared, folder: RunFolder, plan: TrainPlan) -> 
     return prepared.hand_over_again(folder, plan.model_copy(update={"memory": memory}))
 
 
-def _train(prepared: Prepared, peers: Peers, attempt: Callable[[Prepared], None]) -> OutOfMemoryError | None:
+def _train(
+    prepared: Prepared, folder: RunFolder, peers: Peers, attempt: Callable[[Prepared], None]
+) -> OutOfMemoryError | None:
     """Make an attempt; return the error where memory ran out on any node."""
     shortage: OutOfMemoryError | None = None
     try:
@@ -82,7 +84,13 @@ def _train(prepared: Prepared, peers: Peers, attempt: Callable[[Prepared], None]
         peers.interrupt(shortage.message)
     except AttemptEndedError as ended:
         logger.warning("%s", ended)
-    endings = peers.exchange({"out_of_memory": None if shortage is None else shortage.message})
+    try:
+        endings = peers.exchange({"out_of_memory": None if shortage is None else shortage.message})
+    except UnavailableError as lost:
+        if not folder.trained.exists():
+            raise
+        logger.warning("the adapter is trained, and can be published without the other nodes: %s", lost.message)
+        return None
     for rank, ending in enumerate(endings):
         if shortage is None and ending["out_of_memory"] is not None:
             shortage = OutOfMemoryError(f"node {rank}: {ending['out_of_memory']}")

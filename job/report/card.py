@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from job.accept import name_base_model
 from job.plan import TrainPlan
 from job.record import RunRecord
 from job.report.facts import describe_acceptance, describe_serving, list_costs
@@ -27,9 +28,10 @@ model = AutoModelForCausalLM.from_pretrained("this-folder/merged")
 def format_model_card(record: RunRecord) -> str:
     """Return the adapter's README.md, with the front matter that the Hub reads."""
     plan = record.plan
+    base, _ = name_base_model(plan.model_id, plan.model_revision)
     return f"""{chr(10).join(_front_matter(record))}
 
-# LoRA adapter for {plan.model_id}
+# LoRA adapter for {base}
 
 Trained by sft-job {record.job_version}, run `{record.run_id}`, on revision `{plan.model_revision}` of the base model.
 
@@ -46,7 +48,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("this-folder")
-base = AutoModelForCausalLM.from_pretrained("{plan.model_id}")  # or the folder that holds it
+base = AutoModelForCausalLM.from_pretrained("{base}")  # or the folder that holds it
 {_resize(plan)}model = PeftModel.from_pretrained(base, "this-folder")
 ```
 {_MERGED_USE if "merged_logits_difference" in record.metrics else ""}
@@ -70,7 +72,7 @@ Serving engines that take it: {describe_serving(record)[0].lower()}{describe_ser
 def _front_matter(record: RunRecord) -> Iterator[str]:
     yield "---"
     if record.hub_revision is not None:
-        yield f"base_model: {record.plan.model_id}"
+        yield f"base_model: {name_base_model(record.plan.model_id, record.plan.model_revision)[0]}"
     yield "library_name: peft"
     if license_name := record.settings["output"].get("license"):
         yield f"license: {json.dumps(license_name)}"  # a JSON string is a YAML string

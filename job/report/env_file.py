@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from job.accept import name_base_model
 from job.record import RunRecord
 from job.settings_problems import DELIMITER, PREFIX
 
@@ -22,7 +23,8 @@ def make_env_lines(record: RunRecord) -> list[str]:
     """
     given = dict(record.given)
     if record.hub_revision is not None:
-        given["model"] = given["model"] | {"revision": record.hub_revision}
+        name, _ = name_base_model(record.plan.model_id, record.plan.model_revision)
+        given["model"] = given["model"] | {"id": name, "revision": record.hub_revision}
     lines: list[str] = []
     for name, value in given.items():
         variable = f"{PREFIX}{name}".upper()

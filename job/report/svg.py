@@ -3,6 +3,7 @@ page's variables, so that they turn with it from light to dark."""
 
 import io
 import logging
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -47,6 +48,8 @@ def draw_svg(name: str, paint: Callable[["Axes"], None], *, height: int = _HEIGH
     see it what it is."""
     # That it makes a list of fonts first, perhaps in a temporary folder, is nothing to warn of.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # It refuses to be imported under a backend that it doesn't know, as a notebook names one to all that it starts.
+    os.environ["MPLBACKEND"] = "svg"
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

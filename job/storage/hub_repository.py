@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
 from huggingface_hub.utils._http import default_client_factory
 
 from job.errors import ConfigError, DamagedError, UnavailableError
+from job.log import adopt_library_logs
 from job.storage import Progress
 from job.storage.hub_errors import READ_HINT, hub_errors
 from job.storage.paths import disk_errors
@@ -38,6 +39,7 @@ def _open_client() -> Any:  # of httpx or httpx2, whichever this version of the 
 
 
 set_client_factory(_open_client)
+adopt_library_logs()
 
 
 class HubRepository:

@@ -28,6 +28,7 @@ from job.plan import TrainPlan
 from job.train.out_of_memory import describe_shortage
 
 _IGNORED = -100
+_LEAST_LOSS = 0.05  # nats a token: the difference is a share of no less, for below it nearly all is rounding
 _PROBE_TOKENS = 16  # of a row that nothing is known of
 
 
@@ -80,14 +81,14 @@ def accept_adapter(base: PreTrainedModel, folder: Path, task: AcceptanceTask) ->
     accepted = Acceptance(
         rows=len(losses), loss=sum(losses) / tokens, loss_trained=sum(trained) / tokens, tolerance=tolerance
     )
-    off = _measure_difference(losses, trained)
+    off = _measure_difference(losses, trained, tokens)
     if not off <= tolerance:
         raise DataError(
             f"the adapter that was read back isn't what was trained: its loss on {len(losses)} rows is "
             f"{accepted.loss:.4f}, and the trained model's was {accepted.loss_trained:.4f}; the rows' losses differ by "
             f"{off:.2%}, and rounding explains {tolerance:.2%}"
         )
-    if (seen := _measure_difference(of_base, trained)) <= tolerance:
+    if (seen := _measure_difference(of_base, trained, tokens)) <= tolerance:
         logger.warning(
             "the adapter changes the loss by %.3f %%, no more than rounding may: that it works when loaded is not "
             "proved",
@@ -152,8 +153,8 @@ def _check_gives_numbers(model: nn.Module, plan: TrainPlan) -> None:
         raise DataError("the adapter makes the base model's logits NaN or infinite")
 
 
-def _measure_difference(losses: list[float], expected: list[float]) -> float:
+def _measure_difference(losses: list[float], expected: list[float], tokens: int) -> float:
     """Return how far losses lie from the expected ones, row by row, as a share of these: what one row has too much
     doesn't make up for what another lacks."""
     apart = sum(abs(loss - other) for loss, other in zip(losses, expected, strict=True))
-    return apart / sum(expected)
+    return apart / max(sum(expected), _LEAST_LOSS * tokens)

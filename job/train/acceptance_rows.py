@@ -1,5 +1,6 @@
 """The trained model's loss on a few rows, for a fresh process to find again in what was published."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def measure_rows(
                 supervised_tokens=int(supervised),
             )
             for row, (loss_sum, supervised) in zip((rows[i] for i in range(len(rows))), losses.tolist(), strict=True)
-            if supervised
+            if supervised and math.isfinite(loss_sum)
         ]
         write_whole(folder.acceptance_rows, ROWS.dump_json(measured).decode())
 

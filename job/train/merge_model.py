@@ -23,6 +23,7 @@ from job.plan import TrainPlan
 from job.train.dataset import PadRows, Row, TokenRows, join_rows
 from job.train.evaluate import evaluate_loss
 from job.train.model import load_base, measure_difference, read_logits
+from job.train.out_of_memory import describe_shortage
 from job.train.vocabulary import add_new_tokens, is_tied
 
 _SHARD_SIZE = "5GB"
@@ -64,14 +65,19 @@ def merge_model(plan: TrainPlan, inputs: WorkerInputs, folder: RunFolder) -> Non
         alone = plan.model_copy(update={"nodes": 1, "processes": 1, "loss": "full"})
         collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
         merged.to(getattr(torch, plan.dtype))
-        measured["eval_loss_merged"] = evaluate_loss(merged, eval_rows, alone, collate, rank=0)
-        logger.info("held-out loss of the merged model: %.4f", measured["eval_loss_merged"])
+        try:
+            measured["eval_loss_merged"] = evaluate_loss(merged, eval_rows, alone, collate, rank=0)
+            logger.info("held-out loss of the merged model: %.4f", measured["eval_loss_merged"])
+        except (RuntimeError, MemoryError, OSError) as error:  # a figure is no reason to lose the model
+            if (shortage := describe_shortage(error)) is None:
+                raise
+            logger.warning("the held-out loss of the merged model is not known: %s", shortage)
     write_whole(folder.result, json.dumps(folder.read_result() | measured, allow_nan=False))
 
 
 def _choose_device(plan: TrainPlan, model_folder: Path) -> torch.device:
     """Return the GPU where the whole model fits on it, else the CPU."""
-    if plan.device == "cpu":
+    if plan.device == "cpu" or not torch.cuda.is_available():  # trained by an earlier start, on another machine
         return torch.device("cpu")
     size_bytes = sum(path.stat().st_size for path in model_folder.glob("*.safetensors"))
     free_bytes, _ = torch.cuda.mem_get_info()

@@ -22,6 +22,7 @@ from job.log import logger
 from job.plan import TrainPlan
 
 _CLOSE_S = 20.0  # for what is still to be sent when training has ended
+_CLOSE_STOPPED_S = 3.0  # of a grace period, which is needed for other things
 _NO_PARAMETERS = {"sources", "memory", "warnings"}
 
 _Act = Callable[[TrainerCallback], object]
@@ -63,7 +64,7 @@ class Trackers(TrainerCallback):  # type: ignore[misc]
         if self._began is None:
             return
         status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, PreemptedError) else "FAILED"
-        deadline_s = time.monotonic() + _CLOSE_S
+        deadline_s = time.monotonic() + (_CLOSE_STOPPED_S if status == "KILLED" else _CLOSE_S)
         for tracker in self._trackers:
             tracker.end(status)
         for tracker in self._trackers:

@@ -212,7 +212,7 @@ def test_one_rank_of_two_while_the_adapter_is_evaluated(tiny_model: Path, tmp_pa
 @pytest.mark.parametrize(
     ("engine", "problem"),
     [
-        ("ddp", "the held-out loss: out of memory, even for one at a time"),
+        ("ddp", "the loss on single rows: out of memory, even for one at a time"),
         ("zero3", "the evaluation failed: out of GPU memory: CUDA out of memory. Tried to allocate 7.00 GiB"),
     ],
 )

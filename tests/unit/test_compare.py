@@ -115,3 +115,16 @@ def test_a_place_without_a_run_is_named(publish: Callable[..., str], tmp_path: P
         (tmp_path / "other" / "manifest.json").write_text(content)
     with pytest.raises(NotFoundError, match=r"other: no run is published there, for there is no manifest\.json"):
         compare([publish("a", {}), str(tmp_path / "other")])
+
+
+def test_what_other_versions_wrote_is_no_trouble(
+    publish: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = publish("a", {}), publish("b", {})
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    manifest |= {"metrics": None, "plan": None, "packages": None, "data": [{"uri": "s3://bucket/old.jsonl"}]}
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "lo')  # cut off
+    assert compare([first, second]) == "compared 2 runs"
+    assert "s3://bucket/old.jsonl" in capsys.readouterr().out

@@ -14,6 +14,7 @@ READS_ENVIRONMENT = {
     "job/launch_command.py",  # what workers inherit
     "job/log.py",  # values to redact
     "job/nodes/node.py",  # JOB_COMPLETION_INDEX
+    "job/report/svg.py",  # MPLBACKEND
     "job/settings.py",
     "job/train/worker.py",  # RANK
 }

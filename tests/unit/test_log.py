@@ -15,6 +15,7 @@ import pytest
 
 from job.log import (
     EVENTS,
+    adopt_library_logs,
     event,
     format_bytes,
     format_duration,
@@ -169,3 +170,17 @@ def test_sizes_for_people(size_bytes: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (86_400, "24:00:00")])
 def test_times_for_people(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_libraries_that_log_by_themselves_are_adopted(
+    own_logging: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(library, "propagate", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_geheim")
+    setup_logging("json", "info")
+    adopt_library_logs()
+    logging.getLogger("huggingface_hub.client").warning("no luck with %s", "hf_geheim")
+    [line] = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == "no luck with ***"

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from job import patience
-from job.errors import ConfigError, UnavailableError
+from job.errors import ConfigError, TakenOverError, UnavailableError
 
 
 @pytest.fixture
@@ -53,4 +53,10 @@ def test_it_begins_with_the_first_failure(pauses: list[float]) -> None:
 def test_what_waiting_does_not_mend_ends_at_once(pauses: list[float]) -> None:
     with pytest.raises(ConfigError):
         fail(ConfigError("wrong"))
+    assert pauses == []
+
+
+def test_another_job_in_the_slot_is_not_waited_for(pauses: list[float]) -> None:
+    with pytest.raises(TakenOverError):
+        fail(TakenOverError("taken over"))
     assert pauses == []

@@ -75,3 +75,11 @@ def test_the_hub_can_read_where_it_came_from(record_for: RecordFor) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "sft", "sft-job"],
     }
+
+
+def test_a_hub_model_has_its_name_there(record_for: RecordFor) -> None:
+    commit = "c0ffee0000" * 4
+    data, changes = {"model_revision": commit}, {"hub_revision": commit}
+    card = format_model_card(record_for(data=data, changes=changes, MODEL__ID="hf://org/model@main"))
+    assert front_matter(card)["base_model"] == "org/model"
+    assert 'from_pretrained("org/model")' in card

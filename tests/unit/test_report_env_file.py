@@ -67,6 +67,13 @@ def test_only_what_was_given_is_there_and_a_hub_model_is_pinned(record_for: Reco
     ]
 
 
+def test_a_hub_model_that_was_named_with_its_revision_is_named_without(record_for: RecordFor) -> None:
+    commit = "c0ffee0000" * 4
+    data, changes = {"model_revision": commit}, {"hub_revision": commit}
+    record = record_for(data=data, changes=changes, MODEL__ID="hf://org/model@main")
+    assert make_env_lines(record)[:2] == ["SFT_MODEL__ID=org/model", f"SFT_MODEL__REVISION={commit}"]
+
+
 def test_the_credentials_that_it_needs_are_named(record_for: RecordFor) -> None:
     assert list_credentials(record_for()) == []
     [s3] = list_credentials(record_for(DATA__URI="s3://bucket/rows"))

@@ -15,7 +15,7 @@ from small_training import make_small_plan, save_llama, train_here
 
 from job.accept import name_base_model
 from job.adapter_file import find_odd_tensors, read_shapes
-from job.errors import DataError, NotFoundError
+from job.errors import ConfigError, DataError, NotFoundError
 from job.handover import NewTokenInput
 from job.outcome import Progress
 from job.plan import TrainPlan
@@ -94,7 +94,6 @@ def corrupt(slot: Path, name: str) -> None:
         (lambda slot: corrupt(slot, "merged/model.safetensors"), "merged/model.safetensors: has sha256"),
         (lambda slot: (slot / CONFIG).unlink(), f"{CONFIG}: is missing"),
         (lambda slot: (slot / WEIGHTS).write_bytes(b"short"), f"{WEIGHTS}: has 5 bytes, and the manifest lists"),
-        (lambda slot: (slot / "adapter_model.bin").write_bytes(b""), "adapter_model.bin: is a pickle"),
     ],
 )
 def test_damage_names_its_file(
@@ -109,6 +108,28 @@ def test_damage_names_its_file(
     with pytest.raises(DataError, match=rf"1 of what was published is damaged: {said.split(':', maxsplit=1)[0]}$"):
         look(slot, tmp_path)
     assert f"\n  {said}" in capsys.readouterr().out
+
+
+def test_pickles_of_this_run_are_damage_and_others_are_named(
+    published: tuple[Path, TrainPlan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slot, _ = published
+    (slot / "training_args.bin").write_bytes(b"")
+    look(slot, tmp_path)
+    assert "\n  training_args.bin: is a pickle, and not of this run: don't load it\n" in capsys.readouterr().out
+    manifest = json.loads((slot / "manifest.json").read_text())
+    manifest["files"].append({"path": "training_args.bin", "sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0})
+    (slot / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"is damaged: training_args\.bin$"):
+        look(slot, tmp_path)
+
+
+def test_a_work_folder_that_cannot_be_used_is_a_wrong_setting(
+    published: tuple[Path, TrainPlan], tmp_path: Path
+) -> None:
+    (tmp_path / "work").write_text("a file")
+    with pytest.raises(ConfigError, match="SFT_RUNTIME__WORK_DIR="):
+        look(published[0], tmp_path)
 
 
 def edit_weights(slot: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -14,6 +14,7 @@ from job.data.encoding.labels import NOT_SUPERVISED, Encoded, label_chat, label_
 from job.data.encoding.render import Rendered, Renderer, make_renderer
 from job.data.shaping.shapes import ChatExample, Example, PlainExample, RowError
 from job.errors import ConfigError
+from job.log import adopt_library_logs
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -39,6 +40,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     keep_torch_out()
     from transformers import AutoTokenizer
 
+    adopt_library_logs()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(_check_folder(folder)), local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
