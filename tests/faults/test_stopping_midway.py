@@ -22,6 +22,7 @@ def make_environment(folder: Path, model: Path, **settings: object) -> dict[str,
     return job_environment(
         folder,
         MODEL__ID=model,
+        MODEL__DTYPE="float32",
         DATA__URI=SHOP / "train.jsonl",
         OUTPUT__URI=folder / "slot",
         LORA__DROPOUT=0.1,
@@ -154,7 +155,11 @@ def test_sigterm_to_one_of_two_nodes_stops_both(
             for rank in (0, 1)
         )
         second["SFT_OUTPUT__URI"] = first["SFT_OUTPUT__URI"]
-        return RunningJob(first), RunningJob(second)
+        # On some processors the number of threads changes the last bits: as many as each of two processes has.
+        cores = sorted(os.sched_getaffinity(0))
+        half = max(1, len(cores) // 2)
+        mine, theirs = (",".join(map(str, some)) for some in (cores[:half], cores[-half:]))
+        return RunningJob(first, "taskset", "--cpu-list", mine), RunningJob(second, "taskset", "--cpu-list", theirs)
 
     first, second = start_both()
     with first, second:
