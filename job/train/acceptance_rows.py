@@ -1,6 +1,5 @@
 """The trained model's loss on a few rows, for a fresh process to find again in what was published."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from job.accept import ROWS, AcceptanceRow
+from job.errors import DivergedError
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.plan import TrainPlan
 from job.train.dataset import IGNORED, Collate, TokenRows
@@ -28,11 +28,19 @@ def measure_rows(
     beat: Callable[[], None],
 ) -> None:
     """Write the loss of some held-out rows, or else of training rows, into the folder, on rank 0. Every process must
-    call it, with the weights in the model that are published."""
+    call it, with the weights in the model that are published.
+
+    Raises DivergedError, on all processes alike, for an adapter whose loss is no number: it is worth nothing.
+    """
     rows = choose_rows(inputs, folder)
     # One row at a time: LLM.int8 rounds a row by what is beside it.
     alone = plan.model_copy(update={"micro_batch_size": 1})
     losses = evaluate_rows(model, rows, alone, collate, rank=rank, beat=beat)  # (N, 2)
+    if not np.isfinite(losses).all():
+        raise DivergedError(
+            "the loss of the trained adapter is no number",
+            hint=f"its numbers are beyond SFT_MODEL__DTYPE={plan.dtype}: lower SFT_TRAIN__LEARNING_RATE",
+        )
     if rank == 0:
         measured = [
             AcceptanceRow(
@@ -42,7 +50,7 @@ def measure_rows(
                 supervised_tokens=int(supervised),
             )
             for row, (loss_sum, supervised) in zip((rows[i] for i in range(len(rows))), losses.tolist(), strict=True)
-            if supervised and math.isfinite(loss_sum)
+            if supervised
         ]
         write_whole(folder.acceptance_rows, ROWS.dump_json(measured).decode())
 

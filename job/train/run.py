@@ -151,7 +151,7 @@ def train(
         write_whole(folder.result, json.dumps(result, allow_nan=False))
     _say_trained(plan, folder, rank)
 
-    # From here on, nothing is lost whatever happens.
+    # From here on the adapter is published whatever happens to the workers, unless it turns out to be worth nothing.
     if stopping is not None:
         replace_trained(model, weights, plan.engine)
     announce = partial(metrics.announce_result, steps if stopping is None else stopping.best_step)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_training import held_out_loss, load_trained, make_small_plan, read_metrics, save_llama, train_here
@@ -16,7 +17,7 @@ from job.errors import DivergedError
 from job.evaluation import Evaluation, read_evaluation
 from job.handover import PromptInput, RunFolder, SampleInputs, StopRequest
 from job.plan import TrainPlan
-from job.train import final_evaluation, run
+from job.train import acceptance_rows, final_evaluation, run
 from job.train.evaluate import evaluate_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -203,6 +204,15 @@ def test_no_time_and_no_numbers(
     monkeypatch.setattr(run, "evaluate_rows", lose)
     with pytest.raises(DivergedError, match="the held-out loss of the adapter is nan"):
         train_here(plan(), base, tmp_path / "broken")
+
+
+def test_an_adapter_without_a_loss_is_not_published(
+    plan: Callable[..., TrainPlan], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptance_rows, "evaluate_rows", lambda *_, **__: np.array([[np.nan, 3.0]]))
+    with pytest.raises(DivergedError, match="the loss of the trained adapter is no number"):
+        train_here(plan(), base, tmp_path / "run")
+    assert not (tmp_path / "run" / "acceptance_rows.json").exists()
 
 
 def test_the_verdict_is_logged(
