@@ -15,7 +15,7 @@ _RESAMPLES = 10_000
 _MOST_DRAWS = 200_000_000  # of rows, in all resamples: from 20,000 rows on fewer resamples do, which differ less
 _DRAWS_AT_ONCE = 1_000_000
 _SEED = 0
-_FEW_ROWS = 10
+FEW_ROWS = 10  # a bootstrap over fewer hardly knows how rows differ
 
 
 class RowLoss(BaseModel):
@@ -70,7 +70,7 @@ class LossChange(BaseModel):
             return "the adapter is worse than the base model on the held-out rows"
         if self.change_high >= 0:
             return "the held-out loss may have changed by chance: the interval of the difference includes 0"
-        if self.rows < _FEW_ROWS:
+        if self.rows < FEW_ROWS:
             rows = f"{self.rows} held-out rows are" if self.rows > 1 else "one held-out row is"
             return f"{rows} too few to tell what others are like, whatever the interval says"
         return None

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from job.evaluation import LossChange
+from job.evaluation import FEW_ROWS, LossChange
 from job.record import RunRecord
 from job.report.numbers import as_number
-
-_FEW_ROWS = 10  # a bootstrap over fewer hardly knows how rows differ
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _describe_training(record: RunRecord) -> str:
 def _caveats(record: RunRecord) -> list[str]:
     caveats = []
     change = find_change(record)
-    if change is not None and 1 < change.rows < _FEW_ROWS:
+    if change is not None and 1 < change.rows < FEW_ROWS:
         caveats.append(f"The interval rests on {change.rows} held-out rows only.")
     known = record.xray.get("held_out_in_train", 0)
     if known:

@@ -167,6 +167,14 @@ def test_check_of_an_output_on_the_hub_leaves_nothing_there(hub: HubStandIn, tin
     ended = run_job(environment, "check")
     assert ended.code == 77, ended.output
     assert "the token in HF_TOKEN may only read" in ended.outcome["message"]
+
+    # Rights are as needed where another run is to be replaced.
+    hub.add("models", "camellia/taken", {"manifest.json": b'{"run_id": "another", "files": []}'})
+    before.add(("models", "camellia/taken"))
+    hub.who, hub.read_only = OWNER, {"camellia/taken"}
+    taken = {"SFT_OUTPUT__URI": "hf://camellia/taken", "SFT_OUTPUT__OVERWRITE": "true", "SFT_DATA__BAD_ROWS": "skip"}
+    ended = run_job(environment | taken | {"SFT_DATA__MAX_BAD_FRACTION": "0.9"}, "check")
+    assert ended.code == 77, ended.output
     assert environment["HF_TOKEN"] not in ended.output + json.dumps(ended.outcome)
     assert set(hub.repositories) == before
 

@@ -370,3 +370,28 @@ def test_a_plan_never_goes_up(plan_for: PlanFor) -> None:
         found | {"micro_batch_size": 1, "gradient_checkpointing": True, "loss": "chunked"}
     )
     assert step_of(apply_memory_found(bigger, lowest)) == (1, 8, True, "chunked")
+
+
+@dataclass
+class LostNode(OtherNodes):
+    """The other node is lost when it is asked how its attempt has ended."""
+
+    def exchange(self, value: Any) -> list[Any]:
+        if not self.answers:
+            raise UnavailableError("node 1 is gone")
+        return super().exchange(value)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_node_lost_after_training_costs_no_adapter(prepare: Any, tmp_path: Path, is_trained: bool) -> None:
+    prepared, folder = prepare(), RunFolder(tmp_path / "run")
+
+    def attempt(_: Prepared) -> None:
+        if is_trained:
+            folder.trained.touch()
+
+    if is_trained:
+        assert train_within_memory(prepared, folder, LostNode([None]), attempt) is prepared
+    else:
+        with pytest.raises(UnavailableError, match="node 1 is gone"):
+            train_within_memory(prepared, folder, LostNode([None]), attempt)

@@ -91,3 +91,26 @@ except StopSignal as stop:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stdout) == (0, "done\nstopped by SIGTERM\n"), ended.stderr
+
+
+def test_a_stop_that_was_granted_time_comes_back() -> None:
+    script = """
+import os, signal, time
+from job.stopping import StopSignal, acknowledge_stop, raise_on_stop_signals, stop_in
+raise_on_stop_signals(lambda name: None)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except StopSignal:
+    acknowledge_stop()
+stop_in(2.5)
+time.sleep(1)
+print("done")
+try:
+    time.sleep(60)
+except StopSignal as stop:
+    acknowledge_stop()
+    print("stopped by", stop)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout) == (0, "done\nstopped by SIGTERM\n"), ended.stderr
