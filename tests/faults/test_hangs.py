@@ -138,7 +138,7 @@ def test_one_of_two_nodes(tiny_model: Path, tmp_path: Path) -> None:
             assert outcome["hint"]
         assert "rank 1 " in outcomes[1]["message"]
         assert "its process is stopped" in outcomes[1]["message"]
-        assert any(call in innermost_call(stacks_of(0, first.output)) for call in COLLECTIVES)
+        assert any(call in innermost_call(stacks_of(0, first.output)) for call in COLLECTIVES), first.output
 
 
 def test_slow_micro_batches_are_no_hang_and_no_lost_peer(tiny_model: Path, tmp_path: Path) -> None:
