@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench-data bench-loss bench-checkpoints lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,10 @@ test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Run the te
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(GPU_PYTHON) -m pytest --numprocesses 4 tests/gpu/test_gpu.py tests/gpu/test_gpu_resume.py && $(GPU_PYTHON) -m pytest tests/gpu/test_gpu_memory.py; \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING of tests/gpu was run"; fi
+
+TRL := .cache/trl/.installed
+bench: $(INSTALLED) $(TRL) ## Train side by side with TRL and with bare loops, 5 rounds (BENCH=--quick for a tiny model)
+	$(BIN)/python tests/bench/training.py $(BENCH)
 
 bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3 GB (SIZES=100 for 100 MB alone)
 	$(BIN)/python tests/bench/data.py $(if $(SIZES),--sizes $(SIZES))
@@ -148,4 +152,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 $(FAULT_PROXY): tests/faults/mitmproxy.lock
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+# What the job is compared with is no part of its environment.
+$(TRL): tests/bench/trl.lock $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --requirement $<
 	touch $@
