@@ -121,8 +121,9 @@ def _measure_losses(task: Task, adapters: Sequence[Path]) -> list[float]:
 
 def _progress(number: int, name: str, measured: Measured) -> str:
     return (
-        f"round {number + 1}  {name:30} {measured.training_tokens_per_s:8.1f} tokens/s in training "
-        f"{measured.tokens_per_cpu_s:8.1f} a core-second  {measured.whole_s:6.1f} s in all  {len(measured.steps)} steps  {measured.tokens:,} tokens"
+        f"round {number + 1}  {name:30} {measured.training_tokens_per_s:8.1f} tokens/s in training, "
+        f"{measured.tokens_per_cpu_s:8.1f} a core-second  {measured.whole_s:6.1f} s in all  "
+        f"{len(measured.steps)} steps  {measured.tokens:,} tokens, {measured.learned:,} learned"
     )
 
 
