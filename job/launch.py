@@ -28,6 +28,7 @@ from job.handover import RunFolder
 from job.launch_command import Rendezvous, launch_command, tracking_environment, worker_environment
 from job.log import logger
 from job.nodes.peers import Peers
+from job.phases import enter_phase, take_over_phases
 from job.plan import TrainPlan
 from job.processes import adopt_orphans, child_pids, die_with, end_descendants
 from job.stopping import acknowledge_stop
@@ -52,6 +53,8 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor:
     spared = child_pids()
     oom_kills_before = count_oom_kills()
     grace_s = GRACE_S
+    folder.phases.unlink(missing_ok=True)
+    enter_phase("starting workers")
     try:
         with folder.launcher_log.open("wb") as launcher_log:
             # Rank 0 sends its stderr to the launcher's stdout, which is the job's stderr, so that it comes through
@@ -77,7 +80,10 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor:
     finally:
         acknowledge_stop()  # ending the workers may take longer than a reminder
         end_descendants(spared=spared, grace_s=grace_s)
+        take_over_phases(folder.phases)
+        enter_phase("uploading")
         supervisor.flush()
+        enter_phase("other")
     oom_killed = count_oom_kills() > oom_kills_before
     try:
         _raise_failure(plan, folder, peers, supervisor, returncode, oom_killed=oom_killed)

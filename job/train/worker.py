@@ -21,6 +21,7 @@ from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, UNAVAILABLE, JobError
 from job.handover import RunFolder, WorkerInputs, WorkerOutcome, write_whole
 from job.log import logger, redact, setup_logging
+from job.phases import begin_phases, enter_phase
 from job.plan import TrainPlan
 from job.processes import die_with_parent
 from job.train.heartbeat import Pulse, dump_stacks_when_asked
@@ -36,6 +37,7 @@ def main(folder: RunFolder, job_pid: int) -> int:
     if psutil.Process(os.getppid()).ppid() != job_pid:  # the launcher died before the line above
         return INTERNAL.code
     rank = int(os.environ.get("RANK", "0"))
+    begin_phases("importing", folder.phases if rank == 0 else None)
     dump_stacks_when_asked(folder.stacks(rank))
     _leave_word_on_sigterm(folder, rank)
     _redirect_output(folder, rank)
@@ -59,6 +61,7 @@ def main(folder: RunFolder, job_pid: int) -> int:
             train(plan, inputs, folder, rank=rank, remember_step=remember_step, pulse=pulse, trackers=trackers)
 
     outcome = carry_out(train_as_planned, rank=rank)
+    enter_phase("ending workers")
     stopped = outcome.code == PREEMPTED.code
     outcome = outcome.model_copy(update={"step": step, "stopped": stopped})
     reserve.unlink(missing_ok=True)
