@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,9 @@ bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks agains
 
 bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints costs a training (BENCH=--quick for a tiny model)
 	$(BIN)/python tests/bench/checkpoints.py $(BENCH)
+
+bench-phases: $(INSTALLED) ## Measure where the time of a run goes (BENCH='--beside FOLDER' next to another checkout, --demo for the demo's model)
+	$(BIN)/python tests/bench/phases.py $(BENCH)
 
 CHART := charts/sft-job
 # The values of a JobSet are for clusters that have it.

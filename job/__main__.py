@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NoReturn
 from job.arguments import Command, parse_command
 from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, ExitCode, JobError
-from job.log import event, find_terminal, logger, setup_logging
+from job.log import event, find_terminal, log_warnings, logger, setup_logging
 from job.nodes.node import Node, find_node
 from job.outcome import Progress, format_outcome, log_outcome, write_outcome
+from job.phases import enter_phase
 from job.settings import Settings, load_runtime_settings, load_settings
 from job.settings_runtime import RuntimeSettings
 from job.stopping import GRACE_SHARE, StopSignal, acknowledge_stop, be_patient, raise_on_stop_signals
@@ -65,6 +66,7 @@ def run(settings: Settings, progress: Progress) -> str:
         prepared = prepare(settings, find_hardware(), node, work_dir, progress)
         if prepared is None:
             return _ALREADY_PUBLISHED
+        enter_phase("listing")
         run_id, output = prepared.inputs.run_id, settings.output.uri
         with (
             join_peers(node, run_id=run_id, output=output, explain=_explain) as peers,
@@ -113,9 +115,9 @@ def _train(
         logger.info("an earlier start has trained it: publishing is left")
         return prepared if finished is None else replace(prepared, plan=finished)
 
-    progress.enter("fetching the base model")
+    progress.enter("fetching the base model", phase="download")
     base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
-    progress.enter("training")
+    progress.enter("training", phase="listing")
     if settings.output.merge and peers.node_rank == 0:
         check_room(folder.root, base_model.weights_bytes())
     prepared = adopt_plan(prepared, folder, peers)
@@ -148,9 +150,9 @@ def _publish(
     # They are here, unless an earlier start has trained the adapter, elsewhere.
     prepared.inputs.base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
     if prepared.settings.output.merge:
-        progress.enter("merging")
+        progress.enter("merging", phase="merging")
         merge_adapter(prepared, folder)
-    progress.enter("publishing")
+    progress.enter("publishing", phase="report")
     be_patient(prepared.settings.runtime.grace_seconds * GRACE_SHARE)
     publish_run(prepared, folder, lease)
 
@@ -202,7 +204,7 @@ def prepare(
     parallel = plan_parallel(settings, hardware)
     row_options(settings.data)  # a template that is none is refused before any download
 
-    progress.enter("reading the inputs")
+    progress.enter("reading the inputs", phase="listing")
     if node.rank == 0:
         check_slot(settings.output)
     inputs = find_inputs(settings, work_dir)
@@ -221,7 +223,7 @@ def prepare(
         workplace.check_writable()
         checkpoints.store.check_writable()
 
-    progress.enter("tokenizing")
+    progress.enter("tokenizing", phase="tokenizing")
     model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
     dataset = prepare_dataset(
         settings,
@@ -234,27 +236,24 @@ def prepare(
     terminal = find_terminal(settings.runtime.log_format)
     logger.info("the data:\n%s", format_xray(dataset.xray, terminal), extra=event("data", **dataset.xray.counts()))
     warnings = find_warnings(dataset.xray)
-    _log_warnings(warnings)
+    log_warnings(warnings)
+    enter_phase("planning")
     plan = make_plan(settings, parallel, dataset.facts)
     progress.total_steps = plan.steps
     prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints, workplace)
     table = format_plan(plan, width=terminal.width)
     logger.info("run %s, the plan:\n%s", inputs.run_id, table, extra=event("plan", **prepared.outline()))
-    _log_warnings(plan.warnings)
+    log_warnings(plan.warnings)
     if node.rank == 0:
         refuse_another_runs(prepared)
     prepared.write_down(RunFolder(work_dir / "run"), warnings)
     return prepared
 
 
-def _log_warnings(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        logger.warning("%s", warning)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; the outcome is in the log and in the termination log."""
     command = parse_command(arguments)
+    enter_phase("settings")
     runtime = load_runtime_settings()
     setup_logging(runtime.log_format, runtime.log_level)
     if command.name == "schema":
@@ -277,6 +276,7 @@ def _execute(command: Command, runtime: RuntimeSettings, progress: Progress) -> 
             return OK, look_at(command, runtime, progress), ""
         settings = load_settings()
         progress.output = settings.output.uri
+        enter_phase("start")  # what is imported from here on
         if command.name == "check":
             return OK, check(settings, progress, gpus=command.gpus), ""
         return OK, run(settings, progress), ""

@@ -12,6 +12,7 @@ from job.errors import UnavailableError
 from job.log import event, logger
 from job.manifest import MANIFEST_NAME, hash_file
 from job.patience import insist
+from job.phases import enter_phase
 from job.slot import OUTPUT_SETTING, has_merged, is_same_run, parse_manifest
 from job.storage import CommitSlot, Head
 
@@ -51,7 +52,9 @@ def publish_in_one_commit(
     """
     publication = _lay_out(folder, complete(folder), run_id)
     for _ in range(_TRIES):
+        enter_phase("uploading")
         head, sha256_by_name = insist(partial(_commit, slot, publication, overwrite=overwrite, check_lease=check_lease))
+        enter_phase("reading back")
         damaged = insist(partial(slot.find_damaged, head, sha256_by_name, folder.parent))
         if not damaged:
             total_bytes = sum((folder / name).stat().st_size for name in sha256_by_name if name != MANIFEST_NAME)

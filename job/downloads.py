@@ -9,6 +9,7 @@ from typing import Any
 from job.errors import InternalError
 from job.log import format_bytes, logger, transfer_progress
 from job.manifest import hash_file
+from job.phases import phase
 from job.storage import ReadableStore, StoredFile
 
 _INDEX = "fetched.json"
@@ -48,7 +49,7 @@ class Downloads:
             kept = format_bytes(sum(file.size_bytes for file in files if file.path in paths))
             logger.info("%s: %d of %d files, %s, were fetched before", label, len(paths), len(files), kept)
         if missing:
-            with transfer_progress(label, sum(file.size_bytes for file in missing)) as progress:
+            with phase("download"), transfer_progress(label, sum(file.size_bytes for file in missing)) as progress:
                 fetched = self._store.fetch(missing, self._folder, progress)
             paths |= {file.path: path for file, path in zip(missing, fetched, strict=True)}
             self._remember(missing, fetched)
@@ -59,7 +60,8 @@ class Downloads:
         entry, stamp = self._index.get(str(file.path), {}), _stamp(file.path)
         if entry.get("stamp") == stamp and "sha256" in entry:
             return str(entry["sha256"])
-        digest = hash_file(file.path)
+        with phase("download"):
+            digest = hash_file(file.path)
         self._index[str(file.path)] = {**entry, "stamp": stamp, "sha256": digest}
         self._write_index()
         return digest

@@ -181,6 +181,11 @@ class RunFolder:
         return self.root / METRICS
 
     @property
+    def phases(self) -> Path:
+        """One line for each phase of rank 0 as it begins: its name, and when by the monotonic clock."""
+        return self.root / "phases.jsonl"
+
+    @property
     def eval_loss_base(self) -> Path:
         """The base model's held-out loss, as a JSON number, once it is known."""
         return self.root / "eval_loss_base.json"

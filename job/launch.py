@@ -1,4 +1,4 @@
-"""Starts the worker processes through `accelerate launch`, passes signals on, and reads how they ended.
+"""Starts the worker processes, several of them through `accelerate launch`, and reads how they ended.
 
 Whatever happens to any process of the run, none is left behind: workers die with the launcher, the launcher with the
 job, and the job ends all that remain.
@@ -25,9 +25,10 @@ from job.errors import (
     UnavailableError,
 )
 from job.handover import RunFolder
-from job.launch_command import Rendezvous, launch_command, tracking_environment, worker_environment
+from job.launch_command import Rendezvous, launch_command, needs_launcher, tracking_environment, worker_environment
 from job.log import logger
 from job.nodes.peers import Peers
+from job.phases import enter_phase, take_over_phases
 from job.plan import TrainPlan
 from job.processes import adopt_orphans, child_pids, die_with, end_descendants
 from job.stopping import acknowledge_stop
@@ -52,6 +53,8 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor:
     spared = child_pids()
     oom_kills_before = count_oom_kills()
     grace_s = GRACE_S
+    folder.phases.unlink(missing_ok=True)
+    enter_phase("starting workers")
     try:
         with folder.launcher_log.open("wb") as launcher_log:
             # Rank 0 sends its stderr to the launcher's stdout, which is the job's stderr, so that it comes through
@@ -77,7 +80,10 @@ def launch_workers(plan: TrainPlan, folder: RunFolder, peers: Peers, supervisor:
     finally:
         acknowledge_stop()  # ending the workers may take longer than a reminder
         end_descendants(spared=spared, grace_s=grace_s)
+        take_over_phases(folder.phases)
+        enter_phase("uploading")
         supervisor.flush()
+        enter_phase("other")
     oom_killed = count_oom_kills() > oom_kills_before
     try:
         _raise_failure(plan, folder, peers, supervisor, returncode, oom_killed=oom_killed)
@@ -147,7 +153,7 @@ def _raise_failure(
         if oom_killed:
             raise OutOfMemoryError(f"worker {silent[0]} of {plan.world_size} was killed: out of host memory")
         _log_tail(folder.launcher_log)
-        if returncode < 0:  # the workers died with it
+        if returncode < 0 and needs_launcher(plan):  # the workers died with it
             raise InternalError(
                 f"the launcher of the {plan.processes} workers was killed by {signal.Signals(-returncode).name}",
                 hint="see what ended it: nothing in the job does",
@@ -155,12 +161,18 @@ def _raise_failure(
         for rank in silent:
             _log_tail(folder.worker_log(rank))
         raise InternalError(
-            f"worker {silent[0]} of {plan.world_size} died without saying why (launcher ended with {returncode})",
+            f"worker {silent[0]} of {plan.world_size} died without saying why ({_describe_end(plan, returncode)})",
             hint="the lines above are the last it wrote; if none are, it was killed from outside",
         )
     if returncode != 0:
         _log_tail(folder.launcher_log)
         raise InternalError(f"all workers ended well, but the launcher with {returncode}")
+
+
+def _describe_end(plan: TrainPlan, returncode: int) -> str:
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"{'launcher' if needs_launcher(plan) else 'it'} ended with {returncode}"
 
 
 def _log_tail(path: Path) -> None:

@@ -28,9 +28,18 @@ class Rendezvous:
     interface: str
 
 
+def needs_launcher(plan: TrainPlan) -> bool:
+    """Say whether workers are started through `accelerate launch`: but for a single one without an engine, for which
+    it would set nothing that the worker doesn't have by default, and import PyTorch for that."""
+    return plan.world_size > 1 or plan.engine != "ddp"
+
+
 def launch_command(plan: TrainPlan, folder: RunFolder, rendezvous: Rendezvous | None = None) -> list[str]:
-    """Return the command that starts this node's workers through `accelerate launch`; one node has no rendezvous."""
-    engine = "single" if plan.world_size == 1 and plan.engine == "ddp" else plan.engine
+    """Return the command that starts this node's workers; one node has no rendezvous."""
+    worker = [_WORKER_MODULE, str(folder.root), str(os.getpid())]
+    if not needs_launcher(plan):
+        return [sys.executable, "-m", *worker]
+    engine = plan.engine
     folder_of_engines = Path(engines.__path__[0])
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(folder_of_engines / f"{engine}.yaml")]
@@ -40,9 +49,9 @@ def launch_command(plan: TrainPlan, folder: RunFolder, rendezvous: Rendezvous | 
     command += ["--num_processes", str(plan.world_size), "--num_cpu_threads_per_process", str(plan.threads_per_process)]
     if rendezvous is not None:
         command += _join(rendezvous, plan)
-    elif engine != "single":
+    else:
         command += ["--main_process_port", "0"]  # any free one: two jobs on a host don't collide
-    return [*command, "--module", _WORKER_MODULE, str(folder.root), str(os.getpid())]
+    return [*command, "--module", *worker]
 
 
 def _join(rendezvous: Rendezvous, plan: TrainPlan) -> list[str]:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,6 +112,10 @@ EVENTS = {
         "the adapter is in its slot and read back",
         {"uri": "the slot", "files": "files published", "size_bytes": "of all of them"},
     ),
+    "phases": Event(
+        "a run or check ends that has come to its data, right before the last line",
+        {"total_s": "seconds in all, from the start of the process", "phases": "those of each phase, by name"},
+    ),
     "warning": Event("something is probably wrong, or was got over", {}),
     "error": Event("what led to the end", {"traceback": "of what nobody foresaw, where there is one"}),
     "ended": Event(
@@ -143,6 +147,12 @@ def redact(text: str) -> str:
 def event(name: str, /, **fields: Any) -> dict[str, Any]:
     """Return the `extra` of a log line that is an event of `EVENTS`, with its fields."""
     return {"event": name, "fields": fields}
+
+
+def log_warnings(warnings: Iterable[str]) -> None:
+    """Log each of them."""
+    for warning in warnings:
+        logger.warning("%s", warning)
 
 
 class _TextFormatter(logging.Formatter):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from job.errors import OK, ExitCode
 from job.log import event, logger, redact
+from job.phases import OTHER, enter_phase, log_phases
 from job.settings_runtime import RuntimeSettings
 
 _LIMIT_BYTES = 4096  # what the kubelet keeps of a termination log
@@ -22,14 +23,17 @@ class Progress:
     checkpoint_step: int | None = None  # of the newest checkpoint in the store
     checkpoint_s: float | None = None  # since the epoch, when it came there
 
-    def enter(self, phase: str) -> None:
-        """Begin a phase, and say so in the log."""
-        self.phase = phase
-        logger.info("== %s", phase, extra=event("phase", phase=phase))
+    def enter(self, part: str, *, phase: str = OTHER) -> None:
+        """Begin a part of what is done, with the first of its `job.phases`, and say so in the log."""
+        enter_phase(phase)
+        self.phase = part
+        logger.info("== %s", part, extra=event("phase", phase=part))
 
 
 def log_outcome(ending: ExitCode, message: str, hint: str, progress: Progress, *, success: str) -> None:
     """Say how it ended, to people (with 0: `success`) and as the event that is the last of a log."""
+    if progress.total_steps is not None:
+        log_phases()
     run = {"run_id": progress.run_id, "step": progress.step, "total_steps": progress.total_steps}
     more = {"reason": message, "hint": hint, **run, "output": progress.output}
     fields = event("ended", code=ending.code, name=ending.name, **more)

@@ -16,6 +16,7 @@ from job.handover import NewTokenInput, RunFolder, WorkerInputs
 from job.hardware import Hardware
 from job.inputs import Inputs
 from job.log import settle_log_format
+from job.phases import enter_phase
 from job.plan import TrainPlan
 from job.settings import Settings
 from job.storage import Slot, Store
@@ -57,6 +58,7 @@ class Prepared:
 
     def hand_over(self, folder: RunFolder) -> RunFolder:
         """Write beside them what the workers need."""
+        enter_phase("planning")
         folder.adapter.mkdir()
         runtime, evaluation = self.settings.runtime, self.dataset.evaluation
         template = self.dataset.template

@@ -15,6 +15,7 @@ from job.handover import RunFolder
 from job.lease import Lease
 from job.log import find_terminal, logger
 from job.memory.found import forget_memory_found
+from job.phases import add_up_phases, enter_phase, phase
 from job.prepared import Prepared
 from job.record import PAGES, make_manifest, record_run
 from job.report.pages import write_pages
@@ -50,6 +51,7 @@ def publish_run(prepared: Prepared, folder: RunFolder, lease: Lease) -> None:
                 overwrite=overwrite,
                 check_lease=lease.check,
             )
+    enter_phase("uploading")
     prepared.checkpoints.clear(run_id)
     forget_memory_found(prepared.workplace)
 
@@ -60,6 +62,8 @@ def _lay_out(prepared: Prepared, folder: RunFolder) -> None:
     for source in (folder.plan, folder.xray, folder.metrics, folder.evaluation):
         if source.exists():  # an evaluation that failed leaves none
             shutil.copy(source, folder.adapter)
+    with (folder.adapter / folder.metrics.name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": folder.read_last_step(), "phases": add_up_phases()}) + "\n")
     _set_aside(prepared.dataset.bad_row_files(), folder.adapter / _QUARANTINE)
 
 
@@ -87,9 +91,11 @@ def _complete(
     prepared: Prepared, folder: RunFolder, accept: Callable[[Path], Acceptance], read_back: Path
 ) -> dict[str, Any]:
     """Have what was read back, or is to be committed, accepted, write what describes it, and return the manifest."""
-    acceptance = accept(read_back)
+    with phase("accepting"):
+        acceptance = accept(read_back)
     if acceptance.skipped is not None:
         logger.warning("%s", acceptance.describe())
+    enter_phase("report")
     engines, command = _judge_serving(prepared, folder.adapter)
     record = record_run(prepared, folder, acceptance=acceptance, engines=engines, serve_command=command)
     pages = write_pages(record, folder.adapter)

@@ -14,6 +14,7 @@ from job.evaluation import Evaluation
 from job.handover import RunFolder
 from job.hardware import Hardware
 from job.manifest import DataFile, hash_file, package_versions
+from job.phases import add_up_phases
 from job.plan import TrainPlan
 from job.serving import EngineVerdict
 
@@ -38,7 +39,8 @@ class RunRecord:
     """One run: what it was given, what was planned, what came out and what of it was proved.
 
     `settings` are resolved and without secrets, by group, and `given` those of them that aren't by default; `steps` are
-    the lines of metrics.jsonl; `metrics` the final ones; `files` what is published but for the pages that are made of
+    the lines of metrics.jsonl; `metrics` the final ones; `phases` the seconds of each of this
+    start so far; `files` what is published but for the pages that are made of
     this record. `hub_revision` is the base model's commit, None for one that isn't the Hub's. `engines` is empty, and
     `acceptance` and `serve_command` are None, where nobody has looked.
     """
@@ -56,6 +58,7 @@ class RunRecord:
     packages: dict[str, str]
     metrics: dict[str, Any]
     steps: list[dict[str, Any]]
+    phases: dict[str, float]
     evaluation: Evaluation | None
     acceptance: Acceptance | None
     engines: list[EngineVerdict]
@@ -90,6 +93,7 @@ def record_run(
         packages=package_versions(),
         metrics=folder.read_result(),
         steps=folder.read_metrics(),
+        phases=add_up_phases(),
         evaluation=Evaluation.model_validate_json(evaluation.read_bytes()) if evaluation.exists() else None,
         acceptance=acceptance,
         engines=list(engines),
@@ -125,6 +129,7 @@ def make_manifest(record: RunRecord, pages: Sequence[PublishedFile]) -> dict[str
         "hardware": asdict(record.hardware),
         "plan": record.plan.model_dump(mode="json"),
         "metrics": record.metrics,
+        "phases": record.phases,
         "evaluation": None if loss is None else loss.model_dump(mode="json"),
         "acceptance": None if record.acceptance is None else record.acceptance.model_dump(mode="json"),
         "serving": {"engines": [asdict(verdict) for verdict in record.engines], "vllm": record.serve_command},

@@ -14,6 +14,7 @@ from job.errors import UnavailableError
 from job.log import event, format_bytes, logger
 from job.manifest import MANIFEST_NAME, hash_file
 from job.patience import insist
+from job.phases import enter_phase
 from job.slot import OUTPUT_SETTING, has_merged, is_already_published, read_published
 from job.storage import Store
 
@@ -43,6 +44,7 @@ def publish(
     Raises ConfigError when another run was published there since this one began, UnavailableError when a file reads
     back differently every time, and what `complete` raises, and `check_lease`, which is called before each write.
     """
+    enter_phase("uploading")
     if insist(lambda: is_already_published(slot, run_id, overwrite=overwrite, merge=has_merged(names))):
         logger.warning("another start of this run was faster: it is published at %s", slot.uri)
         return
@@ -54,6 +56,7 @@ def publish(
         listed = {file["path"]: file["sha256"] for file in manifest["files"]}
         _place(slot, folder, [name for name in listed if listed[name] != placed.get(name)], Path(kept), check_lease)
     manifest_path = folder / MANIFEST_NAME
+    enter_phase("uploading")
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _put_manifest(slot, manifest_path, check_lease)
     insist(lambda: slot.delete(_UNLISTED))
@@ -69,9 +72,11 @@ def _place(
     sha256_by_name = {name: hash_file(folder / name) for name in names}
     damaged = list(names)
     for _ in range(_UPLOADS):
+        enter_phase("uploading")
         for name in damaged:
             check_lease()
             insist(partial(slot.put, folder / name, name))
+        enter_phase("reading back")
         damaged = [name for name in damaged if not _reads_back(slot, name, sha256_by_name[name], kept)]
         if not damaged:
             return sha256_by_name

@@ -122,7 +122,8 @@ def download(client: "S3Client", prefix: str) -> Path:
 
 def show_learning(adapter: Path) -> None:
     """Print the loss by step, and on the held-out rows before and after."""
-    losses = [json.loads(line)["loss"] for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     print("   loss by step:", " ".join(f"{loss:.2f}" for loss in losses))
     evaluation = json.loads((adapter / "evaluation.json").read_text())
     if evaluation["loss"] is not None:

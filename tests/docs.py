@@ -1,4 +1,4 @@
-"""README tables out of the code, the exit codes, the log's events and the settings, and out of what benchmarks found.
+"""README tables out of the code (exit codes, phases, the log's events, settings) and out of what benchmarks found.
 
 `python tests/docs.py` rewrites what stands between the markers in README.md; tests/unit/test_docs.py fails where that
 would change anything.
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the pat
 
 from job.errors import EXIT_CODES, KUBERNETES_ACTION  # noqa: E402
 from job.log import EVENTS  # noqa: E402
+from job.phases import PHASES  # noqa: E402
 from job.settings import Settings  # noqa: E402
 from job.settings_problems import DELIMITER, PREFIX  # noqa: E402
 
@@ -87,6 +88,7 @@ def update(readme: str) -> str:
     texts = {
         "training speed": _TRAINING_SPEED.read_text(encoding="utf-8").strip(),
         "exit codes": exit_codes_table(),
+        "phases": table(["phase", "what it is"], [[name, meaning] for name, meaning in PHASES.items()]),
         "events": events_table(),
         "settings": settings_table(),
     }

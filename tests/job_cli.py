@@ -74,5 +74,5 @@ def run_job(
 
 def without_measurements(record: dict[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl without what depends on the machine and the moment."""
-    measured = ("elapsed_s", "step_s", "data_wait_s", "tokens_per_second", "memory_bytes")
+    measured = ("elapsed_s", "step_s", "data_wait_s", "tokens_per_second", "memory_bytes", "phases")
     return {name: value for name, value in record.items() if name not in measured}

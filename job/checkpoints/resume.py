@@ -15,6 +15,7 @@ from job.lease import Lease
 from job.log import logger
 from job.nodes.identity import describe_run, name_differences
 from job.nodes.peers import Peers
+from job.phases import enter_phase, phase
 from job.plan import TrainPlan
 from job.prepared import Prepared
 
@@ -120,7 +121,8 @@ def fetch_newest(prepared: Prepared, target: Path) -> Checkpoint | None:
                 logger.warning("a checkpoint of run %s gives way: %s", checkpoint.run_id, name)
                 store.delete(name)
             elif name != FINISHED:
-                store.fetch(name, checkpoint, target)
+                with phase("download"):
+                    store.fetch(name, checkpoint, target)
                 return checkpoint
         except DamagedError as damage:
             logger.warning("passed over: %s", damage.message)
@@ -130,6 +132,7 @@ def fetch_newest(prepared: Prepared, target: Path) -> Checkpoint | None:
 
 def keep_finished(prepared: Prepared, folder: RunFolder) -> None:
     """Put what is left to publish into the store, for a start after one that couldn't; a failure is a warning."""
+    enter_phase("uploading")
     kept = folder.root / FINISHED
     shutil.rmtree(kept, ignore_errors=True)
     step = int(folder.read_result()["steps"])
@@ -151,6 +154,7 @@ def _files_to_keep(folder: RunFolder) -> tuple[Path, ...]:
 def fetch_finished(prepared: Prepared, folder: RunFolder) -> TrainPlan | None:
     """Bring what an earlier start has trained, and not published, into the run's folder; return its plan, None where
     there is nothing of this run."""
+    enter_phase("listing")
     store, kept = prepared.checkpoints, folder.root / FINISHED
     if FINISHED not in store.names():
         return None

@@ -18,7 +18,7 @@ from job.report.charts import Chart, draw_learning, draw_lengths, draw_rows, dra
 from job.report.columns import make_visible
 from job.report.env_file import SHELL_LOADER, list_credentials, make_env_lines
 from job.report.facts import Fact, describe_acceptance, describe_devices, describe_serving, list_costs
-from job.report.numbers import as_number, format_perplexity
+from job.report.numbers import as_number, format_duration, format_perplexity
 from job.report.plan import PLAN_SECTIONS, write_value
 from job.report.verdict import find_change, judge_learning
 from job.report.xray import describe_xray
@@ -65,6 +65,8 @@ def format_report(record: RunRecord) -> str:
         acceptance=describe_acceptance(record),
         plan_sections=_describe_plan(record),
         memory=_describe_memory(record),
+        duration=format_duration(sum(record.phases.values())),
+        phases=_describe_phases(record),
         env_lines=make_env_lines(record),
         shell_loader=SHELL_LOADER,
         credentials=list_credentials(record),
@@ -157,6 +159,12 @@ def _describe_memory(record: RunRecord) -> list[tuple[str, str, float]]:
     total = max(1, memory.total_bytes)
     rows = [(name, format_bytes(size), 100 * size / total) for name, size in memory.parts().items()]
     return [*rows, ("total", f"{format_bytes(memory.total_bytes)} of {format_bytes(memory.available_bytes)}", 100.0)]
+
+
+def _describe_phases(record: RunRecord) -> list[tuple[str, str, float]]:
+    """Return the phases: name, seconds, and percentage of the whole."""
+    total_s = sum(record.phases.values()) or 1.0
+    return [(name, f"{seconds:.1f}", 100 * seconds / total_s) for name, seconds in record.phases.items()]
 
 
 def _describe_machine(record: RunRecord) -> list[Fact]:

@@ -13,6 +13,7 @@ from typing import NoReturn
 from job.accept import AcceptanceTask
 from job.handover import RunFolder, write_whole
 from job.log import setup_logging
+from job.train.spared_imports import leave_out_libraries
 from job.train.worker import carry_out
 
 
@@ -20,7 +21,7 @@ def main(folder: RunFolder) -> int:
     """Load and compare; leave an Acceptance, and a WorkerOutcome whatever happens; return the exit code."""
     task = AcceptanceTask.model_validate_json(folder.acceptance_task.read_bytes())
     setup_logging(task.log_format, task.log_level)
-    _leave_out_libraries(task)
+    leave_out_libraries(task.plan, trains=False)
 
     def accept() -> None:
         from job.train.accept_adapter import accept_adapter, load_base_as_users_do  # torch and PEFT, seconds
@@ -34,16 +35,6 @@ def main(folder: RunFolder) -> int:
     outcome = carry_out(accept, rank=0)
     write_whole(folder.acceptance_outcome, outcome.model_dump_json())
     return outcome.code
-
-
-def _leave_out_libraries(task: AcceptanceTask) -> None:
-    """Have PEFT and transformers do without what this needs not, as if it weren't installed: they import it if it is,
-    which took 1.2 s of 4.5 in all."""
-    left_out = ["boto3", "deepspeed"]
-    if task.plan.quantization == "none":
-        left_out.append("bitsandbytes")
-    for name in left_out:
-        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def _end(code: int) -> NoReturn:

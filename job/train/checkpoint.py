@@ -15,6 +15,7 @@ from peft import PeftModel
 from job.errors import InternalError
 from job.handover import RunFolder
 from job.log import logger
+from job.phases import enter_phase
 from job.plan import TrainPlan
 from job.train.checkpoint_files import CheckpointReader, write_checkpoint
 from job.train.collective import find_maximum, gather_bytes
@@ -60,6 +61,7 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Save a checkpoint of what was learned in so many steps."""
+        enter_phase("saving")
         started_s = time.monotonic()
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in self._gather():

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from job.errors import DivergedError
 from job.handover import RunFolder, WorkerInputs, write_whole
 from job.log import event, format_bytes, format_duration, logger
+from job.phases import enter_phase
 from job.plan import TrainPlan
 from job.progress_line import ProgressLine
 from job.train.dataset import StreamSampler, TokenRows
@@ -92,11 +93,13 @@ class StepMetrics:
     def start_clock(self) -> None:
         """Say that the first step begins."""
         self._started_s = time.monotonic() - self._state.elapsed_s
-        self.begin_step()
+        self._step_began_s = time.monotonic()
+        enter_phase("first step")
 
     def begin_step(self) -> None:
         """Say that the next step begins, with its rows: what took place since the last one is no part of either."""
         self._step_began_s = time.monotonic()
+        enter_phase("steps")
 
     def note_wait(self, wait_s: float) -> None:
         """Count time that training waited for rows."""

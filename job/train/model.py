@@ -95,7 +95,7 @@ def check_rows_stay_apart(model: nn.Module, plan: TrainPlan, first: Row, second:
     device = torch.device(plan.device)
     was_training = model.training
     model.eval()
-    with without_outliers(model):
+    with without_outliers(model, plan):
         alone = read_logits(model, [second], device)  # (T2, V)
         joined = read_logits(model, [first, second], device)[-len(alone) :]
     model.train(was_training)

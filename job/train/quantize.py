@@ -59,12 +59,15 @@ def make_trainable(base: PreTrainedModel, plan: TrainPlan) -> None:
 
 
 @contextmanager
-def without_outliers(model: nn.Module) -> Iterator[None]:
+def without_outliers(model: nn.Module, plan: TrainPlan) -> Iterator[None]:
     """Have 8-bit layers round every activation by its own row, while this lasts.
 
     LLM.int8 takes columns with a large value in any row of the batch out of the rounding. So a row's logits depend on
     its neighbours, though attention keeps them apart: by 7 to 10 % in SmolLM2-135M, and not at all without this.
     """
+    if plan.quantization != "int8":
+        yield
+        return
     from bitsandbytes.nn import Linear8bitLt
 
     states = [module.state for module in model.modules() if isinstance(module, Linear8bitLt)]

@@ -15,6 +15,7 @@ from torch import nn
 from job.errors import InternalError, PreemptedError
 from job.handover import RunFolder, SampleInputs, WorkerInputs, write_whole
 from job.log import logger
+from job.phases import enter_phase, phase
 from job.plan import TrainPlan
 from job.train.acceptance_rows import measure_rows
 from job.train.adapter import save_adapter
@@ -74,6 +75,7 @@ def train(
     metrics = StepMetrics(plan, folder, rank=rank, rows=train_rows, inputs=inputs, track=trackers.log)
     collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
 
+    enter_phase("loading the model")
     say("loading the base model")
     prepare_engine(plan)
     arguments = training_arguments(plan, folder.root / "scratch", run_name=inputs.run_id)  # starts the process group
@@ -97,7 +99,8 @@ def train(
 
     def evaluate(beat: Callable[[], None] = pulse.beat, micro_batch_size: int = plan.micro_batch_size) -> np.ndarray:
         taken = plan.model_copy(update={"micro_batch_size": micro_batch_size})
-        return evaluate_rows(callable_model(plan, trainer), eval_rows, taken, collate, rank=rank, beat=beat)
+        with phase("evaluating"):
+            return evaluate_rows(callable_model(plan, trainer), eval_rows, taken, collate, rank=rank, beat=beat)
 
     gather = partial(gather_trained, model, plan.engine)
     stopping = _early_stopping(plan, lambda: mean_loss(evaluate()), gather, metrics)
@@ -107,6 +110,7 @@ def train(
     )
 
     def look_first() -> None:
+        enter_phase("proofs")
         leave_hangs_to_the_job()
         pulse.beat()
         check_prepared(plan, trainer.model_wrapped)
@@ -143,6 +147,7 @@ def train(
     if checkpoints.eval_rows_base is not None and np.isfinite(checkpoints.eval_rows_base).all():
         result["eval_loss_base"] = mean_loss(checkpoints.eval_rows_base)
         result |= {} if stopping is None else {"eval_loss": stopping.best_loss}
+    enter_phase("saving")
     weights = gather() if stopping is None else stopping.best_weights
     pulse.beat()
     save_adapter(model, weights, folder.adapter, rank=rank)
@@ -150,6 +155,7 @@ def train(
         compare_with_estimate(plan, int(result["peak_memory_bytes"]))
         write_whole(folder.result, json.dumps(result, allow_nan=False))
     _say_trained(plan, folder, rank)
+    enter_phase("evaluating")
 
     # From here on the adapter is published whatever happens to the workers, unless it turns out to be worth nothing.
     if stopping is not None:
@@ -161,6 +167,7 @@ def train(
     if checkpoints.eval_rows_base is not None:
         final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, lambda size: evaluate(final.beat, size))
     if folder.samples.exists():
+        enter_phase("samples")
         samples = SampleInputs.model_validate_json(folder.samples.read_bytes())
         base, pad = model.get_base_model(), inputs.pad_token_id
         answerer = Answerer(trained, base, pad, plan, rank=rank, beat=final.beat)

@@ -1,4 +1,5 @@
-"""One worker process, started by `accelerate launch --module job.train.worker FOLDER JOB_PID`.
+"""One worker process, started as `python -m job.train.worker FOLDER JOB_PID` by `accelerate launch`, or by the job
+itself where it is the only one.
 
 It reads the plan from the folder, checks that it runs the way the plan says, trains, and writes how it ended to a file.
 """
@@ -21,9 +22,11 @@ from job.disk_full import is_disk_full
 from job.errors import INTERNAL, OK, PREEMPTED, RESOURCES, UNAVAILABLE, JobError
 from job.handover import RunFolder, WorkerInputs, WorkerOutcome, write_whole
 from job.log import logger, redact, setup_logging
+from job.phases import begin_phases, enter_phase
 from job.plan import TrainPlan
 from job.processes import die_with_parent
 from job.train.heartbeat import Pulse, dump_stacks_when_asked
+from job.train.spared_imports import leave_out_libraries
 
 _STOP_REQUEST_S = 2.0  # the job may have got the signal a moment later
 
@@ -33,9 +36,11 @@ _RESERVE_BYTES = 65_536
 def main(folder: RunFolder, job_pid: int) -> int:
     """Train, and leave a WorkerOutcome whatever happens; return the exit code."""
     die_with_parent()
-    if psutil.Process(os.getppid()).ppid() != job_pid:  # the launcher died before the line above
+    launcher_pid = os.getppid()  # or the job's own, where it needs none
+    if job_pid not in (launcher_pid, psutil.Process(launcher_pid).ppid()):  # it died before the line above
         return INTERNAL.code
     rank = int(os.environ.get("RANK", "0"))
+    begin_phases("importing", folder.phases if rank == 0 else None)
     dump_stacks_when_asked(folder.stacks(rank))
     _leave_word_on_sigterm(folder, rank)
     _redirect_output(folder, rank)
@@ -49,16 +54,18 @@ def main(folder: RunFolder, job_pid: int) -> int:
         step = finished
 
     def train_as_planned() -> None:
+        plan = TrainPlan.model_validate_json(folder.plan.read_bytes())
+        leave_out_libraries(plan, trains=True, report_to=inputs.report_to)
         from job.train.run import train  # torch and transformers, seconds
         from job.train.trackers import Trackers
 
         reserve.write_bytes(bytes(_RESERVE_BYTES))
-        plan = TrainPlan.model_validate_json(folder.plan.read_bytes())
         pulse = Pulse(folder, rank=rank)
         with Trackers(plan, inputs.report_to if rank == 0 else []) as trackers:
             train(plan, inputs, folder, rank=rank, remember_step=remember_step, pulse=pulse, trackers=trackers)
 
     outcome = carry_out(train_as_planned, rank=rank)
+    enter_phase("ending workers")
     stopped = outcome.code == PREEMPTED.code
     outcome = outcome.model_copy(update={"step": step, "stopped": stopped})
     reserve.unlink(missing_ok=True)

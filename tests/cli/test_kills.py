@@ -158,7 +158,7 @@ def test_parent_while_workers_start(on_disk: dict[str, str], number: signal.Sign
 def test_parent_while_training(on_disk: dict[str, str], number: signal.Signals, processes: int, engine: str) -> None:
     with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": str(processes), "SFT_PARALLEL__ENGINE": engine}) as job:
         job.wait_for("step 1/")
-        assert len(job.descendants()) == 1 + processes
+        assert len(job.descendants()) == processes + (processes > 1 or engine != "ddp")  # with a launcher
         kill_parent(job, number, phase="training")
 
 
@@ -173,6 +173,14 @@ def test_worker(on_disk: dict[str, str], rank: int, number: signal.Signals, engi
     assert f"worker {rank} of 2 " in outcome["message"]
     assert f"worker {1 - rank} of 2 " not in outcome["message"]
     assert outcome["name"] == "internal"
+    assert outcome["hint"]
+
+
+def test_the_only_worker(on_disk: dict[str, str]) -> None:
+    with RunningJob(on_disk | {"SFT_PARALLEL__PROCESSES": "1"}) as job:
+        job.wait_for("step 1/")
+        outcome = kill(job, job.worker(0).pid, SIGKILL, expected_code=70)
+    assert outcome["message"] == "worker 0 of 1 died without saying why (killed by SIGKILL)"
     assert outcome["hint"]
 
 

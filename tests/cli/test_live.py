@@ -47,9 +47,10 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     ended = run_job(environment)
     assert ended.code == 0, ended.output
     run_id = ended.outcome["run_id"]
+    lines = (folder / "slot" / "metrics.jsonl").read_text().splitlines()
     return Watched(
         lines=[json.loads(line) for line in ended.output.splitlines()],
-        steps=[json.loads(line) for line in (folder / "slot" / "metrics.jsonl").read_text().splitlines()],
+        steps=[step for step in map(json.loads, lines) if "loss" in step],
         run_id=run_id,
         metrics=json.loads((folder / "slot" / "manifest.json").read_text())["metrics"],
         mlflow_uri=mlflow_uri,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ import pytest
 from base_model import get_base_model
 from job_cli import SHOP, job_environment, run_job
 from seaweed import SeaweedFS
+
+from job.phases import PHASES
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -30,7 +33,8 @@ PUBLISHED = {
 
 
 def read_losses(slot: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (slot / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (slot / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def check_evaluation(evaluation: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -53,6 +57,20 @@ def check_evaluation(evaluation: dict[str, Any], metrics: dict[str, float]) -> N
         assert None not in (sample["before"], sample["after"])
 
 
+def check_phases(laid_out: dict[str, float], published: dict[str, float], output: str, *, wall_s: float) -> None:
+    """Check that every phase of a run is told of, and that next to nothing of its time belongs to none."""
+    after_metrics = {"reading back", "accepting"}
+    assert laid_out.keys() == PHASES.keys() - after_metrics - {"merging"}
+    assert published.keys() == PHASES.keys() - {"merging"}
+    assert all(published[name] >= seconds for name, seconds in laid_out.items())
+    [line] = [line for line in output.splitlines() if "where the time went: " in line]
+    total_s = float(line.split(": ")[1].split(" s in all")[0])
+    assert 0.9 * wall_s < total_s < wall_s + 0.1
+    assert 0.8 * total_s < sum(published.values()) <= total_s + 0.1
+    assert published["other"] < 0.03 * wall_s
+    assert "loading the model " in line
+
+
 def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     seaweed: SeaweedFS, s3_client: "S3Client", bucket: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +91,9 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     )
     environment |= seaweed.environment()
 
+    began_s = time.monotonic()
     first = run_job(environment)
+    wall_s = time.monotonic() - began_s
     assert first.code == 0, first.output
     slot = first.outcome["output"]
     assert slot == f"s3://{bucket}/out/{first.outcome['run_id']}"
@@ -94,10 +114,13 @@ def test_trains_from_s3_to_s3_and_a_second_start_does_nothing(
     evaluation = json.loads(s3_client.get_object(Bucket=bucket, Key=prefix + "evaluation.json")["Body"].read())
     check_evaluation(evaluation, manifest["metrics"])
     assert "held-out loss: " in first.output
+    metrics = s3_client.get_object(Bucket=bucket, Key=prefix + "metrics.jsonl")["Body"].read().decode().splitlines()
+    check_phases(json.loads(metrics[-1])["phases"], manifest["phases"], first.output, wall_s=wall_s)
     report = s3_client.get_object(Bucket=bucket, Key=prefix + "report.html")["Body"].read().decode()
     assert f"{manifest['metrics']['eval_loss']:.3f}</span>" in report
     [weights] = [file for file in manifest["files"] if file["path"] == "adapter_model.safetensors"]
     assert weights["sha256"] in report
+    assert "Where the time went" in report
     assert f"Report      {slot}/report.html" in first.output
     everything = first.output + json.dumps(manifest) + report
     assert seaweed.secret_key not in everything

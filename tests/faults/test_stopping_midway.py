@@ -101,7 +101,7 @@ def test_sigterm_and_resume(
     assert read_adapter(folder) == undisturbed(engine, processes)
     assert not (folder / "slot" / "checkpoint").exists()
     lines = [json.loads(line) for line in (folder / "slot" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("ends", ["the job is told to stop", "a worker dies"])

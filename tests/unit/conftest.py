@@ -230,6 +230,7 @@ def record_for(
             "packages": {"torch": "2.13.0", "peft": "0.21.2"},
             "metrics": METRICS,
             "steps": [describe_step(step) for step in range(1, 21)],
+            "phases": {"start": 0.4, "steps": 182.0, "other": 0.1},
             "evaluation": Evaluation(loss=CHANGE, rows=ROWS, samples=SAMPLES, problems=[]),
             "acceptance": Acceptance(rows=4, loss=1.3391, loss_trained=1.339, tolerance=0.01, skipped=None),
             "engines": [EngineVerdict("vLLM", True, ""), EngineVerdict("TGI", False, "no DoRA")],

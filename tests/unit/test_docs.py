@@ -15,6 +15,8 @@ MARKED = """# Title
 replaced-text
 <!-- end: exit codes -->
 between
+<!-- begin: phases -->
+<!-- end: phases -->
 <!-- begin: events -->
 <!-- end: events -->
 <!-- begin: settings -->

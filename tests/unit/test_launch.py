@@ -1,6 +1,8 @@
 """What the workers are started with: the plan's processes, the chosen GPUs, and nothing they must not see."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -86,7 +88,6 @@ def test_workers_on_a_cpu_see_no_gpu(plan_for: PlanFor, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("engine", "processes", "offload", "configuration", "deepspeed"),
     [
-        ("ddp", 1, False, "single.yaml", None),
         ("ddp", 2, False, "ddp.yaml", None),
         ("zero2", 1, False, "zero2.yaml", "zero2.json"),
         ("zero3", 2, False, "zero3.yaml", "zero3.json"),
@@ -117,6 +118,11 @@ def test_the_launcher_reads_our_configuration_and_no_other(
     zero = json.loads(Path(options["--deepspeed_config_file"]).read_text())["zero_optimization"]
     assert zero["stage"] == int(engine[-1])
     assert ("offload_param" in zero) == offload
+
+
+def test_a_single_worker_is_started_without_a_launcher(plan_for: PlanFor, tmp_path: Path) -> None:
+    command = launch_command(plan_for().model_copy(update={"processes": 1, "engine": "ddp"}), RunFolder(tmp_path))
+    assert command == [sys.executable, "-m", "job.train.worker", str(tmp_path), str(os.getpid())]
 
 
 def test_the_workers_of_several_nodes_meet_at_node_0(plan_for: PlanFor, tmp_path: Path) -> None:

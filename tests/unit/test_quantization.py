@@ -293,7 +293,7 @@ def test_outliers_of_a_row_do_not_reach_its_neighbour_in_the_proof(plan: PlanFor
 
     model.eval()
     assert difference() > 1e-3
-    with without_outliers(model):
+    with without_outliers(model, the_plan):
         assert difference() < 1e-4
     assert difference() > 1e-3
     check_rows_stay_apart(model, the_plan, *rows)
