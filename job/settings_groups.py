@@ -37,8 +37,8 @@ class ModelSettings(Group):
     )
     attn_implementation: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flex_attention"] = Field(
         "auto",
-        description="Attention kernel; auto: flash_attention_2 where package and GPU are fit for it; else varlen, which "
-        "is PyTorch's own within each of the joined rows, where rows are joined; else sdpa",
+        description="Attention kernel; auto: flash_attention_2 where package and GPU are fit for it; else varlen, "
+        "PyTorch's own within each of the joined rows, where rows are joined; else sdpa",
     )
 
 
