@@ -72,8 +72,11 @@ def attend(
         raise ValueError(f"attention by document has no {asked[0]}")
     if dropout == 0 and _has_kernel(query):
         return _attend_by_kernel(query, key, value, scaling, sliding_window, others), None
-    documents = zip(*(part.split(document_lengths, dim=2) for part in (query, key, value)), strict=True)
-    attended = [_attend_document(*parts, dropout, scaling, sliding_window) for parts in documents]
+    queries, keys, values = (torch.split(part, document_lengths, dim=2) for part in (query, key, value))
+    attended = [
+        _attend_document(*document, dropout, scaling, sliding_window)
+        for document in zip(queries, keys, values, strict=True)
+    ]
     return torch.cat(attended, dim=1), None
 
 
@@ -118,7 +121,7 @@ def _attend_by_kernel(
     dtype = _kernel_dtype(query)
     query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))  # (T, H, D)
     borders, longest = batch["cu_seq_lens_q"], batch["max_length_q"]
-    attended: torch.Tensor = varlen_attn(
+    attended = varlen_attn(
         query,
         key,
         value,
@@ -130,6 +133,7 @@ def _attend_by_kernel(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(attended, torch.Tensor)  # the other case is what wasn't asked for
     return attended[None]
 
 
