@@ -47,6 +47,7 @@ def training_arguments(plan: TrainPlan, scratch: Path, *, run_name: str) -> Trai
         liger_kernel_config=LIGER_KERNELS if plan.loss == "liger" else None,
         remove_unused_columns=False,
         dataloader_pin_memory=plan.device == "cuda",
+        accelerator_config={"non_blocking": plan.device == "cuda"},  # pinned batches are copied while the GPU computes
         dataloader_num_workers=0,  # rows are memory-mapped and joined in microseconds
         logging_strategy="steps",
         logging_steps=1,  # every step is looked at; StepMetrics writes some of them down

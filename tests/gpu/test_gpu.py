@@ -99,7 +99,7 @@ def test_fsdp2_holds_a_4_bit_base(small_model: Path, slot_of_plain_run: Path, tm
     assert sharded["losses"] == pytest.approx(read_slot(slot_of_plain_run)["losses"], rel=5e-2)
 
 
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "eager"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "varlen", "sdpa", "flex_attention", "eager"])
 def test_every_attention_kernel_keeps_joined_rows_apart(
     small_model: Path, slot_of_plain_run: Path, tmp_path: Path, attention: str
 ) -> None:
