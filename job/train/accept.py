@@ -40,7 +40,7 @@ def _leave_out_libraries(task: AcceptanceTask) -> None:
     """Have PEFT and transformers do without what this needs not, as if it weren't installed: they import it if it is,
     which took 1.2 s of 4.5 in all."""
     left_out = ["boto3", "deepspeed"]
-    if task.plan.quantization == "none":
+    if task.plan.quantization in ("none", "fp8"):
         left_out.append("bitsandbytes")
     for name in left_out:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
 from job.train.dataset import Row, join_rows
-from job.train.quantize import is_stored_quantized, make_trainable, quantization_options, without_outliers
+from job.train.quantize import is_stored_quantized, make_trainable, quantization_options, comparably
 from job.train.vocabulary import add_new_tokens
 
 _UPLOAD_AGAIN = "its files are incomplete or damaged: fetch or upload them again"
@@ -95,7 +95,7 @@ def check_rows_stay_apart(model: nn.Module, plan: TrainPlan, first: Row, second:
     device = torch.device(plan.device)
     was_training = model.training
     model.eval()
-    with without_outliers(model):
+    with comparably(model, plan):
         alone = read_logits(model, [second], device)  # (T2, V)
         joined = read_logits(model, [first, second], device)[-len(alone) :]
     model.train(was_training)
