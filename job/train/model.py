@@ -15,7 +15,7 @@ from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
 from job.train.dataset import Row, join_rows
-from job.train.quantize import is_stored_quantized, make_trainable, quantization_options, comparably
+from job.train.quantize import comparably, is_stored_quantized, make_trainable, quantization_options
 from job.train.vocabulary import add_new_tokens
 
 _UPLOAD_AGAIN = "its files are incomplete or damaged: fetch or upload them again"

@@ -64,8 +64,8 @@ def make_trainable(base: PreTrainedModel, plan: TrainPlan) -> None:
 
 @contextmanager
 def comparably(model: nn.Module, plan: TrainPlan) -> Iterator[None]:
-    """Have a row's logits depend on that row alone, but for the last bits, while this lasts: FP8 layers take activations
-    as they are, and 8-bit layers round every activation by its own row.
+    """Have a row's logits depend on that row alone, but for the last bits, while this lasts: FP8 layers take
+    activations as they are, and 8-bit layers round every activation by its own row.
 
     LLM.int8 takes columns with a large value in any row of the batch out of the rounding. So a row's logits depend on
     its neighbours, though attention keeps them apart: by 7 to 10 % in SmolLM2-135M, and not at all without this.

@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Bytes a second, through each GPU, in one direction. NVLink: NVIDIA H100 Tensor Core GPU Datasheet, 900 GB/s of the SXM
-# form, both directions together. InfiniBand: NDR, 400 Gb/s, one adapter for each GPU as in NVIDIA's DGX H100 User Guide.
+# Bytes a second, through each GPU, in one direction. NVLink: NVIDIA's H100 datasheet, 900 GB/s of the SXM form, both
+# directions together. InfiniBand: NDR, 400 Gb/s, one adapter for each GPU as in NVIDIA's DGX H100 User Guide.
 NVLINK_BYTES_PER_S = 450e9
 INFINIBAND_BYTES_PER_S = 50e9
 REACHED = 0.8  # assumed: of either, by NCCL with large messages

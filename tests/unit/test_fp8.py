@@ -172,11 +172,11 @@ def test_what_was_learned_works_on_the_plain_model(plan: PlanFor, tmp_path: Path
         results[kind] = train_here(the_plan, base, root)
         assert all(event["grad_norm"] > 0 for event in read_metrics(root) if "loss" in event)
     result, learned = results["fp8"], results["none"]["eval_loss_base"] - results["none"]["eval_loss"]
-    assert learned > 0.1
+    assert learned > 0.05
     assert result["total_parameters"] == results["none"]["total_parameters"]
-    assert result["eval_loss"] == pytest.approx(results["none"]["eval_loss"], abs=0.05 * learned)
+    assert result["eval_loss"] == pytest.approx(results["none"]["eval_loss"], abs=0.1 * learned)
     loss = held_out_loss(load_trained(base, tmp_path / "fp8" / "adapter", vocabulary=VOCABULARY), the_plan, root)
-    assert loss == pytest.approx(result["eval_loss"], abs=0.05 * learned)
+    assert loss == pytest.approx(result["eval_loss"], abs=0.1 * learned)
     assert not json.loads((tmp_path / "fp8" / "adapter" / "adapter_config.json").read_text())["use_dora"]
 
 
