@@ -1,5 +1,5 @@
-"""The same steps by TRL, for `make bench-gpu`, with its best settings: rows packed without padding, FlashAttention 2 and
-Liger's kernels where they are installed, and no gradient checkpointing where that fits."""
+"""The same steps by TRL, for `make bench-gpu`, with its best settings: rows packed without padding, FlashAttention 2
+and Liger's kernels where they are installed, and no gradient checkpointing where that fits."""
 
 import importlib.util
 import itertools
