@@ -35,7 +35,7 @@ from job.schedule import (
 )
 from job.settings import Settings
 from job.settings_groups import CheckpointSettings, TrainSettings
-from job.support import Attention, Device, Engine, Quantization, why_not_paged_adamw
+from job.support import VARLEN_MODEL_TYPES, Attention, Device, Engine, Quantization, why_not_paged_adamw, why_not_varlen
 
 _DEFAULT_GLOBAL_BATCH_SIZE = 8
 _MAX_AUTO_MICRO_BATCH_SIZE = 8
@@ -43,10 +43,7 @@ _MAX_AUTO_MICRO_BATCH_TOKENS = 4096
 
 # Architectures whose attention transformers builds from position ids, so that documents joined into one sequence don't
 # see each other. Others are padded unless SFT_TRAIN__PACKING=true; the worker proves the isolation either way.
-_PACKABLE_MODEL_TYPES = frozenset(
-    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"}
-    | {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
-)
+_PACKABLE_MODEL_TYPES = VARLEN_MODEL_TYPES | {"gemma2", "qwen2_moe"}
 
 
 class TrainPlan(BaseModel):
@@ -149,8 +146,9 @@ def make_plan(settings: Settings, parallel: ParallelPlan, data: DataFacts) -> Tr
     for name, source in parallel.sources.items():
         choices.put(name, getattr(parallel, name), source)
     choices.warnings += parallel.warnings
-    _choose_model(choices, settings, data, parallel)
+    _choose_model(choices, settings, data)
     _note_data(choices, settings, data)
+    _choose_attention(choices, settings, data, parallel)
     _choose_batch(choices, settings.train, parallel.world_size, data.max_length_tokens)
     _choose_length(choices, settings.train, data.train_rows)
     _choose_learning(choices, settings.train, parallel.device)
@@ -168,12 +166,10 @@ def choose_micro_batch_size(sequences_per_process: int, max_length_tokens: int) 
     return max(size for size in range(1, most + 1) if sequences_per_process % size == 0)
 
 
-def _choose_model(choices: Choices, settings: Settings, data: DataFacts, parallel: ParallelPlan) -> None:
+def _choose_model(choices: Choices, settings: Settings, data: DataFacts) -> None:
     model, lora = settings.model, settings.lora
     choices.take("model_id", model, "id")
     choices.put("model_revision", data.model_revision, "resolved")
-    attention, why = choose_attention(parallel.device, parallel.dtype, parallel.compute_capability, data.shape)
-    choices.take("attn_implementation", model, "attn_implementation", auto=attention, why=why)
     choose_quantization(choices, settings, data.stored_quantization, choices.values["device"])
     choices.put("chat_template", data.chat_template, setting_source(model, "chat_template"))
     choices.take("lora_r", lora, "r")
@@ -194,6 +190,16 @@ def _note_data(choices: Choices, settings: Settings, data: DataFacts) -> None:
     packable = data.model_type in _PACKABLE_MODEL_TYPES
     why = f"{data.model_type} {'keeps' if packable else 'is not known to keep'} joined rows apart"
     choices.take("packing", settings.train, "packing", auto=packable, why=why)
+
+
+def _choose_attention(choices: Choices, settings: Settings, data: DataFacts, parallel: ParallelPlan) -> None:
+    lacking = why_not_varlen(data.model_type, packing=choices.values["packing"])
+    if settings.model.attn_implementation == "varlen" and lacking is not None:
+        raise ConfigError(f"SFT_MODEL__ATTN_IMPLEMENTATION=varlen: {lacking}", hint="use sdpa, or leave it at auto")
+    attention, why = choose_attention(
+        parallel.device, parallel.dtype, parallel.compute_capability, data.shape, by_document=lacking is None
+    )
+    choices.take("attn_implementation", settings.model, "attn_implementation", auto=attention, why=why)
 
 
 def _choose_batch(choices: Choices, train: TrainSettings, world_size: int, max_length_tokens: int) -> None:

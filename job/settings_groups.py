@@ -35,9 +35,10 @@ class ModelSettings(Group):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of weights and arithmetic; auto: by the device"
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+    attn_implementation: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flex_attention"] = Field(
         "auto",
-        description="Attention kernel; auto: flash_attention_2 where package and GPU are fit for it, else sdpa",
+        description="Attention kernel; auto: flash_attention_2 where package and GPU are fit for it; else varlen, "
+        "PyTorch's own within each of the joined rows, where rows are joined; else sdpa",
     )
 
 

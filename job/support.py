@@ -6,7 +6,15 @@ from typing import Literal
 Device = Literal["cpu", "cuda"]
 Engine = Literal["ddp", "zero2", "zero3", "fsdp2"]
 Quantization = Literal["none", "nf4", "int8", "fp8"]
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
+Attention = Literal["eager", "sdpa", "varlen", "flash_attention_2", "flex_attention"]
+
+# Architectures that hand what `job.train.varlen` needs down to their attention, and ask no more of it than it has
+# (gemma2 caps the scores, qwen2_moe keeps its window to the mask). Read in transformers 5.23, and compared with sdpa in
+# tests/unit/test_varlen.py.
+VARLEN_MODEL_TYPES = frozenset(
+    {"gemma", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"}
+    | {"qwen2", "qwen3", "qwen3_moe", "smollm3"}
+)
 
 _LEAST_CAPABILITY = {"nf4": (6, 0), "int8": (7, 5), "fp8": (8, 9)}
 
@@ -101,6 +109,13 @@ def why_not_attention(attention: Attention, device: Device) -> str | None:
     if attention == "flex_attention" and device == "cpu":
         return "it needs a GPU"
     return None
+
+
+def why_not_varlen(model_type: str, *, packing: bool) -> str | None:
+    """Return why attention by document isn't for such a model or plan."""
+    if not packing:
+        return "it is for joined rows, and SFT_TRAIN__PACKING is false"
+    return None if model_type in VARLEN_MODEL_TYPES else f"{model_type} is not known to have it"
 
 
 def why_not_liger(device: Device) -> str | None:

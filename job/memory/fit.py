@@ -47,11 +47,14 @@ def available_bytes(hardware: Hardware, processes: int) -> int:
 
 
 def choose_attention(
-    device: Device, dtype: str, capability: tuple[int, int] | None, shape: ModelShape
+    device: Device, dtype: str, capability: tuple[int, int] | None, shape: ModelShape, *, by_document: bool
 ) -> tuple[str, str]:
     """Return the attention kernel that is chosen by itself, and why."""
+    own, why = "sdpa", "PyTorch's own kernel"
+    if by_document:
+        own, why = "varlen", "PyTorch's own kernel within each of the joined rows, without a mask"
     if capability is None or capability < _FLASH_CAPABILITY:
-        return "sdpa", "PyTorch's own kernel"
+        return own, why
     lacking = why_not_attention("flash_attention_2", device)
     if lacking is None and dtype == "float32":
         lacking = "it has no float32"
@@ -59,7 +62,7 @@ def choose_attention(
         lacking = f"{shape.model_type} is not known to have it"
     if lacking is None:
         return "flash_attention_2", "it is installed, and needs no mask for joined rows"
-    return "sdpa", f"PyTorch's own kernel; not flash_attention_2: {lacking}"
+    return own, f"{why}; not flash_attention_2: {lacking}"
 
 
 @dataclass(frozen=True)

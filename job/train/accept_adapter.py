@@ -49,7 +49,8 @@ def load_base_as_users_do(task: AcceptanceTask) -> PreTrainedModel:
     base = AutoModelForCausalLM.from_pretrained(
         task.model_folder,
         dtype=getattr(torch, plan.dtype),
-        attn_implementation=plan.attn_implementation,
+        # what trains joined rows is the job's own, and no user has it
+        attn_implementation="sdpa" if plan.attn_implementation == "varlen" else plan.attn_implementation,
         use_safetensors=True,  # never unpickle
         **options,
     )

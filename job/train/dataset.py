@@ -4,7 +4,7 @@ into micro batches with or without padding."""
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ class Row(TypedDict):
     labels: torch.Tensor  # (T,) int64, -100 = not supervised
 
 
-Collate = Callable[[list[Row]], dict[str, torch.Tensor]]
+Collate = Callable[[list[Row]], dict[str, Any]]
 
 
 class TokenRows(Dataset[Row]):
@@ -138,6 +138,11 @@ def join_rows(rows: list[Row]) -> dict[str, torch.Tensor]:
         "labels": torch.cat([_labels_of(row) for row in rows])[None],  # (1, T)
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],  # (1, T)
     }
+
+
+def move_batch(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Return a batch with its tensors on a device; what else is in it stays."""
+    return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in batch.items()}
 
 
 class PadRows:

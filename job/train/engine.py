@@ -4,8 +4,8 @@ Several ways to ask accelerate for processes, ZeRO or FSDP give something smalle
 """
 
 from datetime import timedelta
+from typing import Any
 
-import torch
 import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState
@@ -18,6 +18,7 @@ from job.errors import InternalError
 from job.log import logger
 from job.plan import TrainPlan
 from job.support import uses_deepspeed
+from job.train.dataset import move_batch
 
 _NEVER = timedelta(days=7)  # longer than any SFT_RUNTIME__HANG_MINUTES
 _ZERO_STAGES = {"zero2": 2, "zero3": 3}
@@ -89,7 +90,7 @@ def check_prepared(plan: TrainPlan, prepared: nn.Module) -> None:
         raise InternalError(f"the plan promised {plan.engine}, and the model is trained as {type(prepared).__name__}")
 
 
-def settle_gradient_buckets(plan: TrainPlan, trainer: transformers.Trainer, batch: dict[str, torch.Tensor]) -> None:
+def settle_gradient_buckets(plan: TrainPlan, trainer: transformers.Trainer, batch: dict[str, Any]) -> None:
     """Have DDP sum gradients in the order in which it does from a run's second step on.
 
     It arranges them anew after the first backward pass, by when each was ready. Among three processes and more, the
@@ -100,7 +101,7 @@ def settle_gradient_buckets(plan: TrainPlan, trainer: transformers.Trainer, batc
         return
     model = trainer.model_wrapped
     model.train()
-    model(**{name: values.to(plan.device) for name, values in batch.items()}).loss.backward()
+    model(**move_batch(batch, plan.device)).loss.backward()
     model.zero_grad()
 
 

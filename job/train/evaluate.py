@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from job.plan import TrainPlan
-from job.train.dataset import IGNORED, Collate, TokenRows
+from job.train.dataset import IGNORED, Collate, TokenRows, move_batch
 from job.train.loss import find_losses
 
 
@@ -37,7 +37,7 @@ def evaluate_rows(
     for turn in range(math.ceil(len(rows) / stride)):  # as often on every process: an engine may gather weights in it
         indices = mine[turn * plan.micro_batch_size : (turn + 1) * plan.micro_batch_size]
         taken = [rows[index] for index in indices or [0]]
-        batch = {name: values.to(device) for name, values in collate(taken).items()}
+        batch = move_batch(collate(taken), device)
         labels = batch.pop("labels")  # (B, T)
         losses = find_losses(model, batch, labels, plan)
         if indices:

@@ -1,5 +1,7 @@
 """The loss of each supervised token, and how it is computed."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,9 +9,7 @@ from job.plan import TrainPlan
 from job.train.dataset import IGNORED
 
 
-def find_losses(
-    model: nn.Module, batch: dict[str, torch.Tensor], labels: torch.Tensor, plan: TrainPlan
-) -> torch.Tensor:
+def find_losses(model: nn.Module, batch: dict[str, Any], labels: torch.Tensor, plan: TrainPlan) -> torch.Tensor:
     """Return the loss of each label, in nats: (B, T) float32 for labels (B, T) int64, 0 where there is none.
 
     No gradient is taken. `model` computes its loss as the plan says: for the chunked one, `chunk_loss` has changed it.

@@ -14,8 +14,9 @@ from job.handover import NewTokenInput
 from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
-from job.train.dataset import Row, join_rows
+from job.train.dataset import Collate, Row, join_rows, move_batch
 from job.train.quantize import comparably, is_stored_quantized, make_trainable, quantization_options
+from job.train.varlen import JoinRows
 from job.train.vocabulary import add_new_tokens
 
 _UPLOAD_AGAIN = "its files are incomplete or damaged: fetch or upload them again"
@@ -77,7 +78,7 @@ def check_logits_are_finite(model: nn.Module, plan: TrainPlan, row: Row) -> None
     """Raise DivergedError for a base model that is broken before anything is learned."""
     was_training = model.training
     model.eval()
-    logits = read_logits(model, [row], torch.device(plan.device))  # (T, V)
+    logits = read_logits(model, [row], torch.device(plan.device), JoinRows(plan.attn_implementation))  # (T, V)
     model.train(was_training)
     if not torch.isfinite(logits).all():
         raise DivergedError(
@@ -92,12 +93,12 @@ def check_rows_stay_apart(model: nn.Module, plan: TrainPlan, first: Row, second:
 
     Raises ConfigError where it doesn't: the architecture doesn't take document borders from position ids.
     """
-    device = torch.device(plan.device)
+    device, join = torch.device(plan.device), JoinRows(plan.attn_implementation)
     was_training = model.training
     model.eval()
     with comparably(model, plan):
-        alone = read_logits(model, [second], device)  # (T2, V)
-        joined = read_logits(model, [first, second], device)[-len(alone) :]
+        alone = read_logits(model, [second], device, join)  # (T2, V)
+        joined = read_logits(model, [first, second], device, join)[-len(alone) :]
     model.train(was_training)
     difference = measure_difference(joined, alone)
     dtype = next(model.parameters()).dtype
@@ -113,16 +114,15 @@ def measure_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     return ((logits - expected).abs().mean() / expected.abs().mean()).item()
 
 
-def read_logits(model: nn.Module, rows: list[Row], device: torch.device) -> torch.Tensor:
-    """Return the float32 logits (T, V) of the beginnings of some rows, joined into one sequence."""
+def read_logits(model: nn.Module, rows: list[Row], device: torch.device, join: Collate = join_rows) -> torch.Tensor:
+    """Return the float32 logits (T, V) of the beginnings of some rows, joined into one sequence by `join`."""
     # A part of each row proves as much, and never needs more memory than training does.
-    batch = join_rows(
+    batch = join(
         [{"input_ids": row["input_ids"][:_PROOF_TOKENS], "labels": row["labels"][:_PROOF_TOKENS]} for row in rows]
     )
+    inputs = {name: part for name, part in batch.items() if name != "labels"}
     dtype = next(model.parameters()).dtype
     # Modules that are trained whole are in float32, whatever the base's precision.
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        logits: torch.Tensor = model(
-            input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device)
-        ).logits
+        logits: torch.Tensor = model(**move_batch(inputs, device)).logits
     return logits[0].float()

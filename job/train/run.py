@@ -23,7 +23,7 @@ from job.train.checkpoint import Checkpoints
 from job.train.checkpoint_files import open_checkpoint
 from job.train.chunked_loss import check_loss_can_be_chunked, chunk_loss
 from job.train.collective import find_maximum
-from job.train.dataset import PadRows, TokenRows, join_rows
+from job.train.dataset import PadRows, TokenRows
 from job.train.early_stopping import EarlyStopping
 from job.train.engine import (
     callable_model,
@@ -46,6 +46,7 @@ from job.train.samples import Answerer
 from job.train.stepping import StepControl
 from job.train.trackers import Trackers
 from job.train.trainer import StreamTrainer, training_arguments
+from job.train.varlen import JoinRows
 
 
 def train(
@@ -72,7 +73,7 @@ def train(
 
     trackers = trackers or Trackers(plan, [])
     metrics = StepMetrics(plan, folder, rank=rank, rows=train_rows, inputs=inputs, track=trackers.log)
-    collate = join_rows if plan.packing else PadRows(inputs.pad_token_id)
+    collate = JoinRows(plan.attn_implementation) if plan.packing else PadRows(inputs.pad_token_id)
 
     say("loading the base model")
     prepare_engine(plan)

@@ -193,10 +193,10 @@ def test_a_host_is_shared_by_its_processes(machine: Callable[..., Hardware]) -> 
     [
         (True, {"gpus": 1}, "auto", "flash_attention_2", "it is installed"),
         (True, {"gpus": 1}, "float16", "flash_attention_2", "it is installed"),
-        (True, {"gpus": 1}, "float32", "sdpa", "it has no float32"),
-        (True, {"gpus": 1, "capability": (7, 5)}, "auto", "sdpa", "PyTorch's own"),
-        (False, {"gpus": 1}, "auto", "sdpa", "the package flash-attn is not installed"),
-        (True, {}, "auto", "sdpa", "PyTorch's own"),
+        (True, {"gpus": 1}, "float32", "varlen", "it has no float32"),
+        (True, {"gpus": 1, "capability": (7, 5)}, "auto", "varlen", "PyTorch's own"),
+        (False, {"gpus": 1}, "auto", "varlen", "the package flash-attn is not installed"),
+        (True, {}, "auto", "varlen", "PyTorch's own"),
     ],
 )
 def test_attention(
@@ -213,6 +213,21 @@ def test_attention(
     assert plan.attn_implementation == attention
     assert reason in plan.sources["attn_implementation"]
     assert plan_for(hardware, MODEL__ATTN_IMPLEMENTATION="eager").attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "lacking"),
+    [
+        ({}, {"TRAIN__PACKING": "false"}, "it is for joined rows"),
+        ({"model_type": "gemma2"}, {"TRAIN__PACKING": "true"}, "gemma2 is not known to have it"),
+    ],
+)
+def test_attention_by_document_is_for_joined_rows_of_models_that_have_it(
+    data: dict[str, Any], settings: dict[str, str], lacking: str, plan_for: PlanFor
+) -> None:
+    assert plan_for({}, data, **settings).attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match=f"SFT_MODEL__ATTN_IMPLEMENTATION=varlen: {lacking}"):
+        plan_for({}, data, MODEL__ATTN_IMPLEMENTATION="varlen", **settings)
 
 
 def test_a_kernel_that_a_model_may_lack_is_not_chosen(plan_for: PlanFor, monkeypatch: pytest.MonkeyPatch) -> None:

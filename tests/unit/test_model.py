@@ -58,7 +58,7 @@ class SeesItsNeighbours(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> Any:
         # An explicit mask is what makes transformers not look for borders in the positions.
         return self.inner(input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids))
 
@@ -66,7 +66,7 @@ class SeesItsNeighbours(nn.Module):
 class IgnoresPositions(SeesItsNeighbours):
     """A model without position ids at all."""
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> Any:
         return self.inner(input_ids)
 
 
