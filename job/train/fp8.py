@@ -11,7 +11,6 @@ Learning (arXiv 2209.05433).
 """
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,7 +156,7 @@ def _quantizer(device: str) -> Any:
     """Return what rounds on a device: on a GPU fused into one kernel, for else it takes half the time of a product."""
     if device == "cpu":
         return quantize_rows
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # where Triton looks for one
+    compiler = shutil.which("gcc") or shutil.which("clang")  # where Triton looks for one
     if importlib.util.find_spec("triton") is None or compiler is None:
         logger.warning("activations are rounded to FP8 step by step, which is slow: Triton or a C compiler is missing")
         return quantize_rows
