@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases bench-gpu bench-scale lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,15 @@ bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints
 
 bench-phases: $(INSTALLED) ## Measure where the time of a run goes (BENCH='--beside FOLDER' next to another checkout, --demo for the demo's model)
 	$(BIN)/python tests/bench/phases.py $(BENCH)
+
+# What is measured needs neither network nor tokenizer: GPU_PYTHON as for test-gpu, BENCH for the command's options.
+bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Measure the training step on one GPU, one measure after another, offline
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(GPU_PYTHON) tests/bench/gpu.py $(BENCH); \
+	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING was measured"; fi
+
+bench-scale: ## Compute what 1, 8 and 64 GPUs cost in communication (BENCH='--tokens-per-s 12000')
+	@$(PYTHON) tests/bench/scale.py $(BENCH)
 
 CHART := charts/sft-job
 # The values of a JobSet are for clusters that have it.

@@ -21,7 +21,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # logit of 16 to 32 by 0.125 in bfloat16, its last bit, and so a short row's loss by about 1 %; and ZeRO computes with
 # copies of the trained weights in the base's precision. To refuse what is sound would cost a run.
 _TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-_QUANTIZED_TOLERANCE = 1e-2  # bitsandbytes computes in 16 bits inside, whatever the model's precision
+_QUANTIZED_TOLERANCE = 1e-2  # what is computed inside is in 16 bits or 8, whatever the model's precision
 _COMMIT_DIGITS = 40  # a git commit; the revision of a model elsewhere is a sha256
 
 

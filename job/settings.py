@@ -48,10 +48,10 @@ class Settings(BaseSettings):
     model: ModelSettings
     data: DataSettings
     lora: LoraSettings = LoraSettings()
-    quantization: Literal["none", "nf4", "int8"] = Field(
+    quantization: Literal["none", "nf4", "int8", "fp8"] = Field(
         "none",
         description="How the frozen base model is held while training: as it is, in 4 bits (NF4, double quantisation), "
-        "or in 8 (LLM.int8)",
+        "in 8 (LLM.int8), or in FP8, in which it is multiplied, too (GPUs from Ada and Hopper on)",
     )
     train: TrainSettings = TrainSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -5,7 +5,7 @@ from typing import Literal
 
 Device = Literal["cpu", "cuda"]
 Engine = Literal["ddp", "zero2", "zero3", "fsdp2"]
-Quantization = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8", "fp8"]
 Attention = Literal["eager", "sdpa", "varlen", "flash_attention_2", "flex_attention"]
 
 # Architectures that hand what `job.train.varlen` needs down to their attention, and ask no more of it than it has
@@ -16,7 +16,7 @@ VARLEN_MODEL_TYPES = frozenset(
     | {"qwen2", "qwen3", "qwen3_moe", "smollm3"}
 )
 
-_LEAST_CAPABILITY = {"nf4": (6, 0), "int8": (7, 5)}
+_LEAST_CAPABILITY = {"nf4": (6, 0), "int8": (7, 5), "fp8": (8, 9)}
 
 
 def uses_deepspeed(engine: Engine) -> bool:
@@ -47,6 +47,8 @@ def why_not_split(engine: Engine, quantization: Quantization) -> str | None:
         return "ZeRO-3 splits weights while they are loaded, and quantised ones are made from whole ones"
     if engine == "fsdp2" and quantization == "int8":
         return "FSDP2 can't split bitsandbytes' int8 weights"
+    if engine == "fsdp2" and quantization == "fp8":
+        return "nobody has tried to split FP8 weights by FSDP2"
     return None
 
 
@@ -78,7 +80,8 @@ def why_not_quantization(
 ) -> str | None:
     """Return what a quantised base model lacks here; `compute_capability` is that of the least GPU, if known.
 
-    Source: the table of supported hardware in bitsandbytes' README.
+    Sources: the table of supported hardware in bitsandbytes' README; aten/src/ATen/native/cuda/RowwiseScaledMM.cu in
+    PyTorch.
     """
     if quantization == "none":
         return None
@@ -86,11 +89,13 @@ def why_not_quantization(
     if device == "cuda" and compute_capability is not None and compute_capability < least:
         has = ".".join(map(str, compute_capability))
         return f"it needs a GPU of compute capability {'.'.join(map(str, least))}, and this one has {has}"
-    return _why_not_package("bitsandbytes")
+    return None if quantization == "fp8" else _why_not_package("bitsandbytes")
 
 
 def why_not_dora(quantization: Quantization, device: Device) -> str | None:
     """Return what keeps DoRA from being trained on a base model held so."""
+    if quantization == "fp8":
+        return "it needs the weights themselves, and FP8 holds codes"
     if quantization == "int8" and device == "cpu":
         # peft's dequantize_module_weight moves the weight "back" to the CPU, which drops its scales
         return "peft can't train DoRA on an int8 base model on a CPU"

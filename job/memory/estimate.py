@@ -24,6 +24,7 @@ _BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BYTES_OF_QUANTIZED = {
     "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),  # four bits, an 8-bit scale for 64 of them, a float32 for 256 scales
     "int8": 1.0,  # and a float32 a row
+    "fp8": 1.0,  # likewise
 }
 # What a process holds before any weight: on a CPU, Python with torch, transformers and PEFT; on a GPU, CUDA's context
 # with its kernels (not measured by us: 0.5 to 0.6 GiB is what NVML shows for an H100) and cuBLAS's workspace.
@@ -163,8 +164,7 @@ def _weights(setup: Setup, shape: ModelShape) -> int:
     else:
         quantized = linear * _BYTES_OF_QUANTIZED[setup.quantization]
         matrices = shape.linears().values() if shape.layers else []
-        # one matrix at a time is dequantised, as float32 at first
-        largest = max((inputs * outputs for inputs, outputs in matrices), default=0) * (setup.itemsize + _FLOAT32)
+        largest = max((inputs * outputs for inputs, outputs in matrices), default=0) * _dequantized_itemsize(setup)
     whole = int(quantized) + (shape.parameters - linear) * setup.itemsize
     if setup.engine not in ("zero3", "fsdp2"):
         return whole + largest
@@ -172,6 +172,13 @@ def _weights(setup: Setup, shape: ModelShape) -> int:
     gathered = 2 * int(quantized) // max(1, shape.layers) + shape.vocabulary_size * shape.hidden_size * setup.itemsize
     kept = 0 if setup.offload and setup.device == "cuda" else whole // setup.world_size
     return min(whole, kept + gathered) + largest
+
+
+def _dequantized_itemsize(setup: Setup) -> int:
+    """Bytes of a number of the one matrix that is multiplied with: dequantised, as float32 at first, or transposed."""
+    if setup.quantization == "fp8":
+        return 1 if setup.device == "cuda" else 1 + _FLOAT32
+    return setup.itemsize + _FLOAT32
 
 
 def _trainable_parameters(setup: Setup, shape: ModelShape) -> Iterator[int]:

@@ -11,7 +11,12 @@ from job.report.facts import describe_acceptance, describe_serving, list_costs
 from job.report.numbers import as_number, format_perplexity
 from job.report.verdict import judge_learning
 
-_HELD = {"none": "as it is", "nf4": "in 4 bits (NF4, double quantisation)", "int8": "in 8 bits (LLM.int8)"}
+_HELD = {
+    "none": "as it is",
+    "nf4": "in 4 bits (NF4, double quantisation)",
+    "int8": "in 8 bits (LLM.int8)",
+    "fp8": "in FP8",
+}
 _DATASETS = "hf://datasets/"
 _MERGED_USE = """
 The whole model, with the adapter merged into it, is in `merged/`, and needs no PEFT:

@@ -25,6 +25,7 @@ from job.accept import (
 from job.errors import DataError
 from job.log import logger
 from job.plan import TrainPlan
+from job.train.fp8 import without_rounding
 from job.train.out_of_memory import describe_shortage
 
 _IGNORED = -100
@@ -38,7 +39,9 @@ def load_base_as_users_do(task: AcceptanceTask) -> PreTrainedModel:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(plan.threads_per_process)
-    options: dict[str, object] = {"device_map": {"": 0}} if plan.device == "cuda" else {}
+    # What is held in FP8 is loaded on the CPU first: it may be too large for the GPU before.
+    on_gpu = plan.device == "cuda" and plan.quantization != "fp8"
+    options: dict[str, object] = {"device_map": {"": 0}} if on_gpu else {}
     if plan.quantization != "none":
         from job.train.quantize import is_stored_quantized, make_trainable, quantization_options
 
@@ -54,7 +57,7 @@ def load_base_as_users_do(task: AcceptanceTask) -> PreTrainedModel:
     if plan.quantization != "none":
         make_trainable(base, plan)  # in the precision of the training, not by kernels that are for inference alone
     base.config.use_cache = False
-    return base.eval()
+    return base.to(plan.device).eval() if plan.quantization == "fp8" else base.eval()
 
 
 @torch.no_grad()
@@ -74,9 +77,10 @@ def accept_adapter(base: PreTrainedModel, folder: Path, task: AcceptanceTask) ->
     if not task.rows:
         _check_gives_numbers(model, plan)
         return Acceptance()
-    with model.disable_adapter():
-        of_base = [_sum_loss(model, row, plan) for row in task.rows]
-    losses = [_sum_loss(model, row, plan) for row in task.rows]
+    with without_rounding(model):
+        with model.disable_adapter():
+            of_base = [_sum_loss(model, row, plan) for row in task.rows]
+        losses = [_sum_loss(model, row, plan) for row in task.rows]
     trained = [row.loss_sum for row in task.rows]
     tokens = sum(row.supervised_tokens for row in task.rows)
     accepted = Acceptance(

@@ -12,6 +12,7 @@ from job.handover import RunFolder, WorkerInputs, write_whole
 from job.plan import TrainPlan
 from job.train.dataset import IGNORED, Collate, TokenRows
 from job.train.evaluate import evaluate_rows
+from job.train.fp8 import without_rounding
 
 _ROWS = 8
 _TOKENS = 512  # of each: logits of more may not fit where the loss was computed in chunks
@@ -35,7 +36,8 @@ def measure_rows(
     rows = choose_rows(inputs, folder)
     # One row at a time: LLM.int8 rounds a row by what is beside it.
     alone = plan.model_copy(update={"micro_batch_size": 1})
-    losses = evaluate_rows(model, rows, alone, collate, rank=rank, beat=beat)  # (N, 2)
+    with without_rounding(model):
+        losses = evaluate_rows(model, rows, alone, collate, rank=rank, beat=beat)  # (N, 2)
     if not np.isfinite(losses).all():
         raise DivergedError(
             "the loss of the trained adapter is no number",

@@ -31,7 +31,7 @@ def add_adapter(base: PreTrainedModel, plan: TrainPlan, token_ids: Sequence[int]
     _check_none_is_in_both(targeted, whole)
     if plan.quantization != "none":
         for name in whole:
-            check_can_be_saved_whole(name, base.get_submodule(name))
+            check_can_be_saved_whole(name, base.get_submodule(name), plan)
     by_row = _layers_to_train_by_row(base, whole) if token_ids else []
     _check_rows_are_whole(by_row, plan)
     _check_rows_can_be_trained(base, by_row, targeted)

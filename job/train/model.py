@@ -15,7 +15,7 @@ from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
 from job.train.dataset import Collate, Row, join_rows, move_batch
-from job.train.quantize import is_stored_quantized, make_trainable, quantization_options, without_outliers
+from job.train.quantize import comparably, is_stored_quantized, make_trainable, quantization_options
 from job.train.varlen import JoinRows
 from job.train.vocabulary import add_new_tokens
 
@@ -96,7 +96,7 @@ def check_rows_stay_apart(model: nn.Module, plan: TrainPlan, first: Row, second:
     device, join = torch.device(plan.device), JoinRows(plan.attn_implementation)
     was_training = model.training
     model.eval()
-    with without_outliers(model, plan):
+    with comparably(model, plan):
         alone = read_logits(model, [second], device, join)  # (T2, V)
         joined = read_logits(model, [first, second], device, join)[-len(alone) :]
     model.train(was_training)

@@ -1,4 +1,5 @@
-"""The base model in 4 or 8 bits, by bitsandbytes: linear layers but the head; embeddings, norms and head stay."""
+"""The base model in 4 or 8 bits, by bitsandbytes or in FP8: linear layers but the head; embeddings, norms and head
+stay."""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from job.errors import ConfigError
 from job.plan import TrainPlan
+from job.train.fp8 import Fp8Linear, hold_in_fp8, without_rounding
 
 
 def is_stored_quantized(folder: Path) -> bool:
@@ -20,7 +22,7 @@ def is_stored_quantized(folder: Path) -> bool:
 
 def quantization_options(plan: TrainPlan, *, is_stored_so: bool) -> dict[str, object]:
     """Return what `from_pretrained` must be given to hold the model as planned on this process's own device."""
-    if plan.quantization == "none":
+    if plan.quantization in ("none", "fp8"):  # FP8 is made of what was loaded
         return {}
     device = "cpu" if plan.device == "cpu" else torch.cuda.current_device()
     options: dict[str, object] = {"device_map": {"": device}}
@@ -43,11 +45,13 @@ def _make_config(plan: TrainPlan) -> BitsAndBytesConfig:
 
 
 def make_trainable(base: PreTrainedModel, plan: TrainPlan) -> None:
-    """Have 4-bit layers compute in the planned precision, and pass gradients on wherever they are.
+    """Put FP8 in place; have 4-bit layers compute in the planned precision, and pass gradients on wherever they are.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at the first evaluation for a kernel that has no
     backward pass; trained afterwards, no gradient comes through it, with no error (0.50, nn/modules.py).
     """
+    if plan.quantization == "fp8":
+        hold_in_fp8(base, head=base.get_output_embeddings())
     if plan.quantization != "nf4":
         return
     from bitsandbytes.nn import Linear4bit
@@ -59,14 +63,16 @@ def make_trainable(base: PreTrainedModel, plan: TrainPlan) -> None:
 
 
 @contextmanager
-def without_outliers(model: nn.Module, plan: TrainPlan) -> Iterator[None]:
-    """Have 8-bit layers round every activation by its own row, while this lasts.
+def comparably(model: nn.Module, plan: TrainPlan) -> Iterator[None]:
+    """Have a row's logits depend on that row alone, but for the last bits, while this lasts: FP8 layers take
+    activations as they are, and 8-bit layers round every activation by its own row.
 
     LLM.int8 takes columns with a large value in any row of the batch out of the rounding. So a row's logits depend on
     its neighbours, though attention keeps them apart: by 7 to 10 % in SmolLM2-135M, and not at all without this.
     """
     if plan.quantization != "int8":
-        yield
+        with without_rounding(model):
+            yield
         return
     from bitsandbytes.nn import Linear8bitLt
 
@@ -81,11 +87,15 @@ def without_outliers(model: nn.Module, plan: TrainPlan) -> Iterator[None]:
             state.threshold = threshold
 
 
-def check_can_be_saved_whole(name: str, module: nn.Module) -> None:
+def check_can_be_saved_whole(name: str, module: nn.Module, plan: TrainPlan) -> None:
     """Raise ConfigError for a module to save that has quantised weights: its numbers are codes, not weights."""
-    from bitsandbytes.nn import Int8Params, Params4bit
+    if plan.quantization == "fp8":
+        is_coded = any(isinstance(part, Fp8Linear) for part in module.modules())
+    else:
+        from bitsandbytes.nn import Int8Params, Params4bit
 
-    if any(isinstance(weight, Int8Params | Params4bit) for weight in module.parameters()):
+        is_coded = any(isinstance(weight, Int8Params | Params4bit) for weight in module.parameters())
+    if is_coded:
         raise ConfigError(
             f"SFT_LORA__MODULES_TO_SAVE: {name} is quantised, so it can't be trained whole",
             hint="give it LoRA by SFT_LORA__TARGET_MODULES, or set SFT_QUANTIZATION=none",

@@ -16,7 +16,7 @@ def leave_out_libraries(plan: TrainPlan, *, trains: bool, report_to: Sequence[st
     left_out = [] if report_to else ["boto3"]  # a tracker may store what it is told on S3
     if not trains or not uses_deepspeed(plan.engine):
         left_out.append("deepspeed")
-    if plan.quantization == "none" and (not trains or plan.optimizer != "paged_adamw_8bit"):
+    if plan.quantization in ("none", "fp8") and (not trains or plan.optimizer != "paged_adamw_8bit"):
         left_out.append("bitsandbytes")
     for name in left_out:
         sys.modules[name] = None  # type: ignore[assignment]

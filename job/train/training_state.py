@@ -69,7 +69,7 @@ def describe_setup(plan: TrainPlan) -> Setup:
     """Return how this run computes."""
     packages = ["torch", "transformers", "peft", "accelerate"]
     packages += ["deepspeed"] if uses_deepspeed(plan.engine) else []
-    needs_bitsandbytes = plan.quantization != "none" or plan.optimizer == "paged_adamw_8bit"
+    needs_bitsandbytes = plan.quantization in ("nf4", "int8") or plan.optimizer == "paged_adamw_8bit"
     packages += ["bitsandbytes"] if needs_bitsandbytes else []
     is_gpu = plan.device == "cuda"
     return Setup(

@@ -34,7 +34,7 @@ from job.settings import Settings
 from job.support import why_not_dora, why_not_quantization
 from job.train.dataset import Row
 from job.train.model import check_rows_stay_apart, load_model, measure_difference, read_logits
-from job.train.quantize import without_outliers
+from job.train.quantize import comparably
 
 PlanFor = Callable[..., TrainPlan]
 ADDED = [NewTokenInput(id=100, piece_ids=[11, 12, 13]), NewTokenInput(id=101, piece_ids=[20])]
@@ -293,7 +293,7 @@ def test_outliers_of_a_row_do_not_reach_its_neighbour_in_the_proof(plan: PlanFor
 
     model.eval()
     assert difference() > 1e-3
-    with without_outliers(model, the_plan):
+    with comparably(model, the_plan):
         assert difference() < 1e-4
     assert difference() > 1e-3
     check_rows_stay_apart(model, the_plan, *rows)
