@@ -83,7 +83,8 @@ def train(
     assert ended.code == 0, ended.output
     slot = folder / "slot"
     plan = json.loads((slot / "plan.json").read_text())
-    metrics = [json.loads(line) for line in (slot / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (slot / "metrics.jsonl").read_text().splitlines()]
+    metrics = [line for line in lines if "loss" in line]
     manifest = json.loads((slot / "manifest.json").read_text())
     metrics.append({name: manifest["metrics"][name] for name in ("eval_loss_base", "eval_loss")})
     return plan, metrics, load_file(slot / "adapter_model.safetensors"), read_evaluation(slot / "evaluation.json")
