@@ -42,7 +42,6 @@ def training_arguments(plan: TrainPlan, scratch: Path, *, run_name: str) -> Trai
         average_tokens_across_devices=True,  # every supervised token of the global batch weighs the same
         ddp_backend=("nccl" if plan.device == "cuda" else "gloo") if is_distributed else None,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # nothing learns them: all ranks have loaded the same, as DDP has made sure
         use_liger_kernel=plan.loss == "liger",
         liger_kernel_config=LIGER_KERNELS if plan.loss == "liger" else None,
         remove_unused_columns=False,

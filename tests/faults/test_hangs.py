@@ -19,8 +19,9 @@ from running_job import RunningJob, is_alive
 LIMIT_S = 6.0
 ENDS_WITHIN_S = 20.0  # after the limit
 DAWDLING = "3 if rank == 1 and calls > 3 else 0"  # so that rank 1 is stopped in a forward pass
-# Before a step the ranks count their tokens, in it DDP averages the gradients, after it all agree on what to do next.
-COLLECTIVES = ("in all_gather", "in _engine_run_backward", "in all_reduce")
+# Before a step the ranks count their tokens; in it DDP broadcasts the buffers and averages the gradients; after it all
+# agree on what to do next.
+COLLECTIVES = ("in all_gather", "in _distributed_broadcast_coalesced", "in _engine_run_backward", "in all_reduce")
 SITECUSTOMIZE = """
 import os, sys, time
 from datetime import timedelta
