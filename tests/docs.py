@@ -1,4 +1,4 @@
-"""README tables out of the code: the exit codes, the log's events and the settings.
+"""README tables out of the code, the exit codes, the log's events and the settings, and out of what benchmarks found.
 
 `python tests/docs.py` rewrites what stands between the markers in README.md; tests/unit/test_docs.py fails where that
 would change anything.
@@ -21,6 +21,7 @@ from job.settings import Settings  # noqa: E402
 from job.settings_problems import DELIMITER, PREFIX  # noqa: E402
 
 README = ROOT / "README.md"
+_TRAINING_SPEED = ROOT / "tests" / "bench" / "results" / "training.md"  # `make bench` writes it
 _SETTINGS_HEAD = ["variable", "default", "unit", "what it is"]
 
 
@@ -83,7 +84,12 @@ def update(readme: str) -> str:
 
     Raises ValueError where a pair of markers is missing or there twice.
     """
-    texts = {"exit codes": exit_codes_table(), "events": events_table(), "settings": settings_table()}
+    texts = {
+        "training speed": _TRAINING_SPEED.read_text(encoding="utf-8").strip(),
+        "exit codes": exit_codes_table(),
+        "events": events_table(),
+        "settings": settings_table(),
+    }
     return fill(readme, texts)
 
 

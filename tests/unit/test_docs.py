@@ -9,6 +9,8 @@ from job.settings import settings_groups
 from job.settings_problems import setting_names
 
 MARKED = """# Title
+<!-- begin: training speed -->
+<!-- end: training speed -->
 <!-- begin: exit codes -->
 replaced-text
 <!-- end: exit codes -->
