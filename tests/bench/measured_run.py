@@ -1,8 +1,10 @@
 """One training in processes of its own, measured from outside: by the clock, by the memory of its whole tree of
 processes, and by what the probe in it noted at each step."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -80,13 +82,16 @@ def run_measured(command: Sequence[str], environment: Mapping[str, str], folder:
     output = folder / "output.txt"
     began_s = time.monotonic()
     with output.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
+        )
         watch = _MemoryWatch(process.pid)
         try:
             code = process.wait(timeout=TIMEOUT_S)
         finally:
-            process.kill()
             watch.stop()
+            with contextlib.suppress(ProcessLookupError):  # none of it is left, unless it was cut short
+                os.killpg(process.pid, signal.SIGKILL)
     whole_s = time.monotonic() - began_s
     steps_file = Path(environment["BENCH_PROBE"])
     if code or not steps_file.exists():

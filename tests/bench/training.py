@@ -13,6 +13,8 @@ shows the noise.
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -188,9 +190,11 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def main() -> None:
     """Measure, print what came of it, and write it down unless it was a quick look."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rows, to see that all of it runs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, help="that all have; one is steadiest on a busy machine; all by default")
     parser.add_argument("--rows", type=int, default=512, help="to learn from, once")
     parser.add_argument("--batch", type=int, default=8, help="rows in a step")
     parser.add_argument("--padded-steps", type=int, default=_LEAST_STEPS, help="of the loop that pads to the maximum")
@@ -199,6 +203,8 @@ def main() -> None:
         parser.error(f"--rows {options.rows} is no multiple of --batch {options.batch}")
     rounds, train_rows = (1, 64) if options.quick else (options.rounds, options.rows)
     model = get_tiny_model() if options.quick else get_base_model()
+    if options.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     hardware = find_hardware()
     with tempfile.TemporaryDirectory(prefix="sft-job-bench-") as name:
         folder = Path(name)
