@@ -47,7 +47,8 @@ def _watch_forward(module: ModuleType) -> None:
 def _count(model: Any, batch: dict[str, Any]) -> None:
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")  # (B, T)
     _counts["computed"] += input_ids.numel()
-    _counts["tokens"] += input_ids.numel() if mask is None else int(mask.sum())
+    is_padded = mask is not None and mask.dim() == 2  # a mask of more dimensions is about attention, not padding
+    _counts["tokens"] += int(mask.sum()) if is_padded else input_ids.numel()
     _counts["learned"] += int((batch["labels"][:, 1:] != -100).sum())  # nothing predicts the first token
     if not _about:
         torch = sys.modules["torch"]
