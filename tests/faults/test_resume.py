@@ -74,7 +74,7 @@ def read_published(ended: Ended) -> Published:
     assert ended.code == 0, ended.output
     slot = Path(ended.outcome["output"])
     lines = (slot / "metrics.jsonl").read_text().splitlines()
-    records = [without_measurements(json.loads(line)) for line in lines]
+    records = [without_measurements(record) for record in map(json.loads, lines) if "phases" not in record]
     metrics = json.loads((slot / "manifest.json").read_text())["metrics"]
     assert not (slot / "checkpoint").exists()
     return Published((slot / "adapter_model.safetensors").read_bytes(), records, metrics, ended.output)
