@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases bench-gpu bench-scale lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,9 @@ bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Measure t
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(GPU_PYTHON) tests/bench/gpu.py $(BENCH); \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING was measured"; fi
+
+bench-fp8: $(INSTALLED) ## Measure what an FP8 base does to loss and gradients of a small model
+	$(BIN)/python tests/bench/fp8.py
 
 bench-scale: ## Compute what 1, 8 and 64 GPUs cost in communication (BENCH='--tokens-per-s 12000')
 	@$(PYTHON) tests/bench/scale.py $(BENCH)
