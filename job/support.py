@@ -24,6 +24,11 @@ def uses_deepspeed(engine: Engine) -> bool:
     return engine in ("zero2", "zero3")
 
 
+def uses_bitsandbytes(quantization: Quantization, optimizer: str) -> bool:
+    """Say whether a training computes by bitsandbytes."""
+    return quantization in ("nf4", "int8") or optimizer == "paged_adamw_8bit"
+
+
 def splits_weights(engine: Engine) -> bool:
     """Say whether an engine splits the model's weights among the processes, so that no process holds it whole."""
     return engine in ("zero3", "fsdp2")

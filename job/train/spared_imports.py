@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from job.plan import TrainPlan
-from job.support import uses_deepspeed
+from job.support import uses_bitsandbytes, uses_deepspeed
 
 
 def leave_out_libraries(plan: TrainPlan, *, trains: bool, report_to: Sequence[str] = ()) -> None:
@@ -16,7 +16,7 @@ def leave_out_libraries(plan: TrainPlan, *, trains: bool, report_to: Sequence[st
     left_out = [] if report_to else ["boto3"]  # a tracker may store what it is told on S3
     if not trains or not uses_deepspeed(plan.engine):
         left_out.append("deepspeed")
-    if plan.quantization in ("none", "fp8") and (not trains or plan.optimizer != "paged_adamw_8bit"):
+    if not uses_bitsandbytes(plan.quantization, plan.optimizer if trains else "adamw"):
         left_out.append("bitsandbytes")
     for name in left_out:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from job.plan import TrainPlan
-from job.support import uses_deepspeed
+from job.support import uses_bitsandbytes, uses_deepspeed
 from job.train.early_stopping import StoppingState
 from job.train.metrics import MetricsState
 from job.train.optimizer_state import LossScale
@@ -69,8 +69,7 @@ def describe_setup(plan: TrainPlan) -> Setup:
     """Return how this run computes."""
     packages = ["torch", "transformers", "peft", "accelerate"]
     packages += ["deepspeed"] if uses_deepspeed(plan.engine) else []
-    needs_bitsandbytes = plan.quantization in ("nf4", "int8") or plan.optimizer == "paged_adamw_8bit"
-    packages += ["bitsandbytes"] if needs_bitsandbytes else []
+    packages += ["bitsandbytes"] if uses_bitsandbytes(plan.quantization, plan.optimizer) else []
     is_gpu = plan.device == "cuda"
     return Setup(
         world_size=plan.world_size,
