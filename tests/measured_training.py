@@ -44,8 +44,8 @@ def save_llama(folder: Path, **sizes: Any) -> Path:
 def measure_peaks(cases: list[tuple[TrainPlan, Path]], root: Path, *, with_fragments: bool) -> list[Peak]:
     """Train as each plan says, each with its model, in one other process; return their peaks.
 
-    Without fragments, the C library gives memory back as soon as it is free, so that what is resident is alive; with
-    them, it behaves as it does by default.
+    Without fragments, the C library gives all but small blocks back as soon as they are free, so that what is resident
+    is alive; with them, it behaves as it does by default.
     """
     folders = [root / str(number) for number in range(len(cases))]
     for folder, (plan, model) in zip(folders, cases, strict=True):
@@ -54,7 +54,7 @@ def measure_peaks(cases: list[tuple[TrainPlan, Path]], root: Path, *, with_fragm
         (folder / "given.json").write_text(json.dumps(given))
     environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "2000"}
     if not with_fragments:
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = [sys.executable, __file__, *map(str, folders)]
     done = subprocess.run(command, env=keep | environment, capture_output=True, text=True, timeout=900)

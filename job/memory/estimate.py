@@ -279,9 +279,9 @@ def _attention_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
 
 
 def _adapter_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
-    """Return what LoRA keeps: its input behind dropout, dropout's mask (numbers on a CPU, bytes on a GPU), A's output.
+    """Return what LoRA keeps: its input behind dropout, dropout's mask in bytes, A's output.
 
-    Without dropout and in float32, modules with the same input share it.
+    Without dropout, modules with the same input share it.
     """
     kept, shared = 0.0, dict[int, int]()
     for name, (inputs, outputs) in shape.linears().items():
@@ -293,11 +293,9 @@ def _adapter_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
         if setup.lora_dora:
             kept += 2 * outputs * _FLOAT32  # the base module's result and LoRA's, for the gradient of the magnitude
         if setup.lora_dropout > 0:
-            kept += inputs * (setup.itemsize + (_FLOAT32 if setup.device == "cpu" else 1))
-        elif setup.dtype == "float32":
-            shared[_input_of(name)] = inputs
+            kept += inputs * (setup.itemsize + 1)
         else:
-            kept += inputs * setup.itemsize
+            shared[_input_of(name)] = inputs
     return kept + sum(shared.values()) * setup.itemsize
 
 

@@ -66,7 +66,7 @@ def test_the_best_weights_are_what_is_measured_and_asked(
     plan: Callable[..., TrainPlan], base: Path, samples: SampleInputs, tmp_path: Path, loss: str
 ) -> None:
     root = tmp_path / "run"
-    settings = {"TRAIN__MAX_STEPS": 40, "TRAIN__SCHEDULER": "constant", "TRAIN__LEARNING_RATE": 3e-2}
+    settings = {"TRAIN__MAX_STEPS": 80, "TRAIN__SCHEDULER": "constant", "TRAIN__LEARNING_RATE": 3e-2}
     stops = plan(
         TRAIN__LOSS=loss,
         TRAIN__PACKING="true" if loss == "full" else "false",

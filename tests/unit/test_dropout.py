@@ -1,0 +1,129 @@
+"""Dropout of what LoRA layers read: what it drops, and that all else stays as PEFT and PyTorch have it."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from job.train.dropout import Dropout, lighten_dropout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_model(dropout: float, **config: Any) -> nn.Module:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ).to(torch.bfloat16)
+    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    model = get_peft_model(base, lora)
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weights)
+    return model.train()
+
+
+def train_once(model: nn.Module) -> tuple[float, list[torch.Tensor]]:
+    """Return the loss of some tokens, and all gradients."""
+    torch.manual_seed(1)
+    ids = torch.arange(24).view(2, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), [weights.grad for weights in model.parameters() if weights.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_share_is_dropped_and_the_rest_grows_by_as_much(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400, 999, dtype=dtype, requires_grad=True)  # no multiple of four
+    dropped = Dropout(0.25)(x)
+    assert dropped.dtype == dtype
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
+    kept = dropped[dropped != 0]
+    assert torch.equal(kept, torch.full_like(kept, 4 / 3))
+    dropped.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, dropped)  # the same ones, by the same factor
+
+
+@pytest.mark.parametrize("p", [0.00001, 0.3, 0.999999])
+def test_every_probability_is_kept_to(p: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1000)
+    dropped = Dropout(p)(x)
+    assert torch.isfinite(dropped).all()
+    assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.002)
+
+
+def test_no_element_is_dropped_more_often_than_others() -> None:
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.25), torch.ones(2000, 8)
+    rates = (dropout(x) == 0).float().mean(dim=0)
+    assert rates.min() > 0.2
+    assert rates.max() < 0.3
+    both = (dropout(x) == 0) & (dropout(x) == 0)
+    assert both.float().mean().item() == pytest.approx(0.0625, abs=0.01)  # and draws don't depend on each other
+
+
+def test_a_seed_decides_and_evaluation_drops_nothing() -> None:
+    dropout, x = Dropout(0.5), torch.randn(7, 11)
+    draws = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        draws.append(dropout(x))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert dropout.eval()(x) is x
+
+
+def test_without_dropout_loss_and_gradients_are_bitwise_those_of_peft() -> None:
+    as_it_comes, lightened = make_model(0.0), make_model(0.0)
+    lighten_dropout(lightened)
+    expected_loss, expected = train_once(as_it_comes)
+    loss, gradients = train_once(lightened)
+    assert loss == expected_loss
+    assert len(gradients) == len(expected) > 0
+    assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(config: dict[str, Any]) -> None:
+    model = make_model(0.5, **config)
+    lighten_dropout(model)
+    seen: list[torch.dtype] = []
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0].dtype)
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.lora_dropout["default"].register_forward_pre_hook(note)
+    _, gradients = train_once(model)
+    assert seen == [torch.bfloat16] * len(layers)
+    assert all(gradient.any() for gradient in gradients)
+
+
+def test_gradient_checkpointing_drops_the_same_twice() -> None:
+    plain, checkpointed = make_model(0.5), make_model(0.5)
+    for model in (plain, checkpointed):
+        lighten_dropout(model)
+    enable: Callable[..., None] = checkpointed.gradient_checkpointing_enable
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for expected, found in zip(train_once(plain)[1], train_once(checkpointed)[1], strict=True):
+        assert torch.equal(expected, found)
