@@ -17,8 +17,9 @@ from job.handover import RunFolder, WorkerOutcome
 from job.hardware import Hardware
 from job.launch_command import worker_environment
 from job.log import format_bytes
-from job.memory.estimate import estimate_memory, pick_setup
+from job.memory.estimate import estimate_memory
 from job.memory.model_shape import ModelShape
+from job.memory.setup import pick_setup
 from job.plan import TrainPlan
 from job.prepared import Prepared
 from job.processes import die_with

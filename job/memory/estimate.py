@@ -5,22 +5,22 @@ sources and compared with the measured peaks of real runs (tests/unit/test_memor
 process that needs the most; the micro batch that counts is the largest possible, every row of `max_length_tokens`.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
 
 from job.log import format_bytes
 from job.memory.model_shape import ModelShape
-from job.support import Attention, Device, Engine, Quantization
+from job.memory.setup import Setup
+from job.support import Device
 
 # Supervised tokens whose logits exist at a time under SFT_TRAIN__LOSS=chunked.
 LOSS_CHUNK_TOKENS = 1024
+# Documents of up to so many tokens are attended by plain products on a CPU in 16 bits.
+SHORT_TOKENS = 128
 
 _MIB = 2**20
 _FLOAT32 = 4
-_BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _BYTES_OF_QUANTIZED = {
     "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),  # four bits, an 8-bit scale for 64 of them, a float32 for 256 scales
     "int8": 1.0,  # and a float32 a row
@@ -77,52 +77,6 @@ class MemoryEstimate(BaseModel):
         """Return the estimate as one line: `weights 12.1 GiB, ..., logits 3.2 GiB: 21.3 GiB of 15.0 GiB`."""
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts().items())
         return f"{parts}: {format_bytes(self.total_bytes)} of {format_bytes(self.available_bytes)}"
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What of a plan decides how much memory is needed; the names are TrainPlan's."""
-
-    device: Device
-    dtype: str
-    quantization: Quantization
-    engine: Engine
-    offload: bool
-    nodes: int
-    processes: int
-    attn_implementation: Attention
-    packing: bool
-    max_length_tokens: int
-    micro_batch_size: int
-    gradient_checkpointing: bool
-    loss: str
-    optimizer: str
-    lora_r: int
-    lora_dropout: float
-    lora_dora: bool
-    target_modules: str | list[str]
-    modules_to_save: list[str]
-    new_tokens: list[str] = field(default_factory=list)
-
-    @property
-    def world_size(self) -> int:
-        """The processes on all nodes."""
-        return self.nodes * self.processes
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number in the precision of weights and arithmetic."""
-        return _BYTES_OF_DTYPE[self.dtype]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the largest micro batch."""
-        return self.micro_batch_size * self.max_length_tokens
-
-
-def pick_setup(values: Mapping[str, Any]) -> Setup:
-    """Return the setup within a plan's values: `pick_setup(plan.model_dump())`."""
-    return Setup(**{part.name: values[part.name] for part in fields(Setup)})
 
 
 def estimate_memory(setup: Setup, shape: ModelShape, available_bytes: int) -> MemoryEstimate:
@@ -275,7 +229,13 @@ def _attention_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
         return 4 * shape.query_size * itemsize + shape.heads * attended * probabilities
     if setup.attn_implementation == "sdpa" and is_masked:
         return (4 * shape.query_size + attended) * itemsize + shape.heads * _FLOAT32
-    return 2 * (shape.query_size + shape.kv_size) * itemsize + shape.heads * _FLOAT32
+    fused = 2 * (shape.query_size + shape.kv_size) * itemsize + shape.heads * _FLOAT32
+    if setup.attn_implementation != "varlen" or setup.device != "cpu" or itemsize == _FLOAT32:
+        return fused
+    # Queries, keys and values for each head, and the probabilities, all in float32; and what comes out.
+    length = min(setup.max_length_tokens, SHORT_TOKENS)
+    plain = (3 * shape.query_size + shape.heads * length) * _FLOAT32 + shape.query_size * itemsize
+    return max(fused, plain * length / setup.max_length_tokens)
 
 
 def _adapter_bytes_of_token(setup: Setup, shape: ModelShape) -> float:

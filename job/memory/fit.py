@@ -12,8 +12,9 @@ from job.choices import Choices
 from job.errors import ConfigError
 from job.hardware import Hardware
 from job.log import format_bytes
-from job.memory.estimate import MemoryEstimate, Setup, estimate_memory, pick_setup
+from job.memory.estimate import MemoryEstimate, estimate_memory
 from job.memory.model_shape import ModelShape
+from job.memory.setup import Setup, pick_setup
 from job.presets import is_given
 from job.settings import Settings
 from job.support import (

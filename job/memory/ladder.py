@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from job.errors import ConfigError, OutOfMemoryError, ResourcesError, UnavailableError
 from job.handover import RunFolder
 from job.log import logger
-from job.memory.estimate import estimate_memory, pick_setup
+from job.memory.estimate import estimate_memory
 from job.memory.found import (
     MemoryFound,
     apply_memory_found,
@@ -17,6 +17,7 @@ from job.memory.found import (
     keep_memory_found,
     recall_memory_found,
 )
+from job.memory.setup import pick_setup
 from job.memory.smaller_plan import take_smaller_step
 from job.nodes.peers import AttemptEndedError, Peers
 from job.plan import TrainPlan

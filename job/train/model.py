@@ -15,7 +15,7 @@ from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
 from job.train.dataset import Collate, Row, join_rows, move_batch
-from job.train.dropout import lighten_dropout
+from job.train.lora import lighten_lora
 from job.train.quantize import comparably, is_stored_quantized, make_trainable, quantization_options
 from job.train.varlen import JoinRows
 from job.train.vocabulary import add_new_tokens
@@ -42,7 +42,7 @@ def load_model(
     # The adapter starts from random numbers, and how many were drawn before depends on the engine.
     set_seed(plan.seed)
     model = add_adapter(base, plan, token_ids)
-    lighten_dropout(model)
+    lighten_lora(model, gathers_by_module=plan.engine == "zero3")
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(
         "adapter: %s of %s parameters are trained (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total

@@ -5,15 +5,18 @@ On a GPU it is PyTorch's own kernel for sequences of different lengths, elsewher
 attention for each document. A batch that isn't joined by `JoinRows` gets transformers' `sdpa` with its mask.
 """
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from job.memory.estimate import SHORT_TOKENS
 from job.train.dataset import Row, join_rows
 
 _LEAST_CAPABILITY = (8, 0)  # of PyTorch's FlashAttention, and the rest is what it takes
@@ -90,16 +93,19 @@ def _attend_document(
 ) -> torch.Tensor:
     length = query.shape[2]
     is_cut = sliding_window is not None and length > sliding_window
-    attended = nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=_band(length, sliding_window, query.device) if is_cut and sliding_window is not None else None,
-        dropout_p=dropout,
-        is_causal=not is_cut,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    # PyTorch's fused attention for CPUs takes up to twice as long in 16 bits as plain products for so short documents.
+    is_short = length <= SHORT_TOKENS and query.device.type == "cpu" and query.dtype in _KERNEL_DTYPES
+    with sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext():
+        attended = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_band(length, sliding_window, query.device) if is_cut and sliding_window is not None else None,
+            dropout_p=dropout,
+            is_causal=not is_cut,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return attended.transpose(1, 2)  # (1, t, H, D)
 
 

@@ -14,10 +14,11 @@ import pytest
 from job.errors import ConfigError, OutOfMemoryError, ResourcesError, UnavailableError
 from job.handover import RunFolder
 from job.hardware import Hardware
-from job.memory.estimate import estimate_memory, pick_setup
+from job.memory.estimate import estimate_memory
 from job.memory.found import MemoryFound, apply_memory_found, keep_memory_found, recall_memory_found
 from job.memory.ladder import give_up, train_within_memory
 from job.memory.model_shape import ModelShape
+from job.memory.setup import pick_setup
 from job.memory.smaller_plan import take_smaller_step
 from job.nodes.board import AttemptEndedError
 from job.nodes.node import Node

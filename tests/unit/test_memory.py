@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from job.memory.estimate import LOSS_CHUNK_TOKENS, MemoryEstimate, Setup, estimate_memory, overhead_bytes, pick_setup
+from job.memory.estimate import LOSS_CHUNK_TOKENS, MemoryEstimate, estimate_memory, overhead_bytes
 from job.memory.model_shape import ModelShape, read_model_shape
+from job.memory.setup import Setup, pick_setup
 from job.plan import TrainPlan
 
 GIB = 2**30

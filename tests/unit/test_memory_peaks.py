@@ -44,7 +44,15 @@ CASES: dict[str, dict[str, Any]] = {
     "embeddings trained": {"LORA__MODULES_TO_SAVE": "embed_tokens", "vocab_size": 50_000},
 }
 # Compared as a whole: its kernels take some 30 MiB once, whatever the sizes, which are no part of the model.
-BFLOAT16 = {"MODEL__DTYPE": "bfloat16", "TRAIN__MICRO_BATCH_SIZE": 1}
+BFLOAT16: dict[str, dict[str, Any]] = {
+    "bfloat16": {"MODEL__DTYPE": "bfloat16", "TRAIN__MICRO_BATCH_SIZE": 1},
+    "bfloat16, short rows": {
+        "MODEL__DTYPE": "bfloat16",
+        "TRAIN__MICRO_BATCH_SIZE": 16,
+        "length": 128,
+        "num_hidden_layers": 8,
+    },
+}
 DEFAULTS: dict[str, object] = {
     "TRAIN__MICRO_BATCH_SIZE": 4,
     "TRAIN__GRADIENT_CHECKPOINTING": "false",
@@ -62,7 +70,7 @@ def make_case(plan_for: PlanFor, case: dict[str, Any], folder: Path) -> tuple[Tr
         save_llama(model, **sizes)
     stored_bytes = (model / "model.safetensors").stat().st_size
     shape = read_model_shape(json.loads((model / "config.json").read_text()), stored_bytes)
-    data = {"train_rows": 8, "eval_rows": 0, "max_length_tokens": case.get("length", 256), "shape": shape}
+    data = {"train_rows": 16, "eval_rows": 0, "max_length_tokens": case.get("length", 256), "shape": shape}
     batch = settings["TRAIN__MICRO_BATCH_SIZE"]
     return plan_for({"cores": 2}, data, TRAIN__GLOBAL_BATCH_SIZE=batch, **settings), model
 
@@ -83,7 +91,7 @@ def test_each_part_is_what_training_needs(plan_for: PlanFor, tmp_path: Path) -> 
 
 def test_the_whole_is_what_a_process_needs(plan_for: PlanFor, tmp_path: Path) -> None:
     chosen = {name: CASES[name] for name in ("base", "checkpointing", "10 layers", "10 layers, checkpointing")}
-    chosen["bfloat16"] = BFLOAT16
+    chosen |= BFLOAT16
     cases = [make_case(plan_for, case, tmp_path) for case in (WARM_UP, *chosen.values())]
     peaks = measure_peaks(cases, tmp_path / "runs", with_fragments=True)
     errors = {}

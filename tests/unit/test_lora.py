@@ -1,4 +1,4 @@
-"""Dropout of what LoRA layers read: what it drops, and that all else stays as PEFT and PyTorch have it."""
+"""What LoRA layers compute: what is dropped, and that all else stays as PEFT and PyTorch have it."""
 
 import warnings
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from job.train.dropout import Dropout, lighten_dropout
+from job.train.lora import Dropout, lighten_lora
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_model(dropout: float, **config: Any) -> nn.Module:
+def make_model(dropout: float, *, dtype: torch.dtype = torch.bfloat16, **config: Any) -> nn.Module:
     torch.manual_seed(0)
     base = LlamaForCausalLM(
         LlamaConfig(
@@ -28,11 +28,12 @@ def make_model(dropout: float, **config: Any) -> nn.Module:
             num_key_value_heads=1,
         )
     ).to(torch.bfloat16)
+    base.to(dtype)  # weights that bfloat16 can hold
     lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", **config)
     model = get_peft_model(base, lora)
     for name, weights in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(weights)
+            nn.init.normal_(weights, std=0.1)
     return model.train()
 
 
@@ -40,7 +41,8 @@ def train_once(model: nn.Module) -> tuple[float, list[torch.Tensor]]:
     """Return the loss of some tokens, and all gradients."""
     torch.manual_seed(1)
     ids = torch.arange(24).view(2, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    is_float32 = next(model.parameters()).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not is_float32):
         loss = model(input_ids=ids, labels=ids).loss
     model.zero_grad()
     loss.backward()
@@ -91,9 +93,16 @@ def test_a_seed_decides_and_evaluation_drops_nothing() -> None:
     assert dropout.eval()(x) is x
 
 
-def test_without_dropout_loss_and_gradients_are_bitwise_those_of_peft() -> None:
+def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return how far gradients are from others, as a share of these."""
+    assert len(found) == len(expected) > 0
+    squares = sum((one - other).square().sum() for one, other in zip(found, expected, strict=True))
+    return float((squares / sum(gradient.square().sum() for gradient in expected)).sqrt())
+
+
+def test_by_module_loss_and_gradients_are_bitwise_those_of_peft() -> None:
     as_it_comes, lightened = make_model(0.0), make_model(0.0)
-    lighten_dropout(lightened)
+    lighten_lora(lightened, gathers_by_module=True)
     expected_loss, expected = train_once(as_it_comes)
     loss, gradients = train_once(lightened)
     assert loss == expected_loss
@@ -101,10 +110,40 @@ def test_without_dropout_loss_and_gradients_are_bitwise_those_of_peft() -> None:
     assert all(map(torch.equal, gradients, expected))
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but:UserWarning")
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["lora", "dora", "bias"])
+def test_without_dropout_loss_and_gradients_are_those_of_peft(config: dict[str, Any]) -> None:
+    as_it_comes, lightened = (make_model(0.0, dtype=torch.float32, **config) for _ in range(2))
+    lighten_lora(lightened)
+    expected_loss, expected = train_once(as_it_comes)
+    loss, gradients = train_once(lightened)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert distance(gradients, expected) < 1e-5
+
+
+def test_in_16_bits_they_are_as_exact_as_those_of_peft() -> None:
+    exact, as_it_comes, lightened = make_model(0.0, dtype=torch.float32), make_model(0.0), make_model(0.0)
+    lighten_lora(lightened)
+    _, expected = train_once(exact)
+    assert distance(train_once(lightened)[1], expected) < 1.2 * distance(train_once(as_it_comes)[1], expected) < 0.1
+
+
+def test_an_adapter_that_is_switched_off_adds_nothing() -> None:
+    model = make_model(0.0, dtype=torch.float32).eval()
+    lighten_lora(model)
+    ids = torch.arange(12)[None]
+    disable: Callable[..., Any] = model.disable_adapter
+    with torch.no_grad(), disable():
+        off = model(input_ids=ids).logits
+        bare = model.get_base_model()(input_ids=ids).logits  # type: ignore[operator]
+    assert torch.equal(off, bare)
+    assert not torch.allclose(off, model(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(config: dict[str, Any]) -> None:
     model = make_model(0.5, **config)
-    lighten_dropout(model)
+    lighten_lora(model)
     seen: list[torch.dtype] = []
 
     def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -121,7 +160,7 @@ def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(config: di
 def test_gradient_checkpointing_drops_the_same_twice() -> None:
     plain, checkpointed = make_model(0.5), make_model(0.5)
     for model in (plain, checkpointed):
-        lighten_dropout(model)
+        lighten_lora(model)
     enable: Callable[..., None] = checkpointed.gradient_checkpointing_enable
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
