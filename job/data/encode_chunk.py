@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from job.data.encoding.render import find_template
-from job.data.encoding.tokens import NOT_SUPERVISED, Encoded, encode_batch, find_closing_tokens
+from job.data.encoding.tokens import NOT_SUPERVISED, BatchEncoder, Encoded, find_closing_tokens
 from job.data.reading.rows import BadRow, Chunk, Row
 from job.data.shaping.oddities import find_oddities, special_token_pattern
 from job.data.shaping.shapes import Example, FatalRowError, RowError, RowFormat, to_example
@@ -66,6 +66,7 @@ class ChunkEncoder:
         self._tokenizer = tokenizer
         self._has_template = find_template(tokenizer) is not None
         self._closing = find_closing_tokens(tokenizer)
+        self._encode_batch = BatchEncoder(tokenizer)
 
     def __call__(self, task: Task) -> EncodedChunk:
         """Parse, judge and tokenise a chunk. Raises DataError for a fault that every row of its kind would have."""
@@ -100,7 +101,7 @@ class ChunkEncoder:
 
     def _encode(self, examples: list[tuple[Row, Example]], bad: list[BadRow]) -> list[_Kept]:
         kept: list[_Kept] = []
-        results = encode_batch([example for _, example in examples], self._tokenizer)
+        results = self._encode_batch([example for _, example in examples])
         for (row, example), result in zip(examples, results, strict=True):
             if isinstance(result, FatalRowError):
                 raise _fatal(result, row) from result

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from job.data.encoding.places import TokenPlaces
 from job.data.encoding.render import Rendered, Turn
 from job.data.shaping.shapes import FatalRowError, Message, PlainExample, RowError
 
@@ -64,19 +65,19 @@ def label_plain(example: PlainExample, encoding: "Encoding", eos: int) -> Encode
     return Encoded(ids, np.where(supervised, ids, np.int32(NOT_SUPERVISED)))
 
 
-def label_chat(rendered: Rendered, encoding: "Encoding", closing: dict[int, str], eos: int | None) -> Encoded:
+def label_chat(rendered: Rendered, tokens: TokenPlaces, closing: dict[int, str], eos: int | None) -> Encoded:
     """Supervise the answers of a conversation, each with the token of `closing` (id -> text) that ends it.
 
     `eos` goes behind a last answer that nothing closes. Raises RowError where the tokens are not those of the answers,
     and FatalRowError where no row's can be.
     """
-    ids = np.array(encoding.ids, dtype=np.int32)
+    ids = tokens.ids
     if rendered.supervise_all:
-        return _label_all(rendered.text, encoding, ids, closing, eos)
+        return _label_all(rendered.text, tokens, closing, eos)
     labels = np.full(len(ids), NOT_SUPERVISED, dtype=np.int32)
     for turn in rendered.turns:
-        answer = _find_answer(turn, rendered.text, encoding, ids, closing)
-        _prove(turn, answer, rendered.text, encoding, closing)
+        answer = _find_answer(turn, rendered.text, tokens, closing)
+        _prove(turn, answer, rendered.text, tokens, closing)
         labels[answer.first : answer.last + 1] = ids[answer.first : answer.last + 1]
         if not answer.closing:
             rest = rendered.text[turn.end :].strip()
@@ -86,10 +87,9 @@ def label_chat(rendered: Rendered, encoding: "Encoding", closing: dict[int, str]
     return Encoded(ids, labels)
 
 
-def _label_all(
-    text: str, encoding: "Encoding", ids: NDArray[np.int32], closing: dict[int, str], eos: int | None
-) -> Encoded:
-    last, word = _find_last(text, encoding, 0, len(text.rstrip()), "the conversation")
+def _label_all(text: str, tokens: TokenPlaces, closing: dict[int, str], eos: int | None) -> Encoded:
+    ids = tokens.ids
+    last, word = _find_last(text, tokens, 0, len(text.rstrip()), "the conversation")
     if closing.get(int(ids[last])) == word:
         return Encoded(ids, ids.copy())
     return _end_in_eos(ids, ids, last, eos)
@@ -107,58 +107,51 @@ def _end_in_eos(ids: NDArray[np.int32], labels: NDArray[np.int32], last: int, eo
     return Encoded(np.append(ids, np.int32(eos)), np.append(labels, np.int32(eos)))
 
 
-def _find_answer(
-    turn: Turn, text: str, encoding: "Encoding", ids: NDArray[np.int32], closing: dict[int, str]
-) -> _Answer:
+def _find_answer(turn: Turn, text: str, tokens: TokenPlaces, closing: dict[int, str]) -> _Answer:
     written = text[turn.start : turn.end]
     where = f"messages[{turn.index}]"
     word_start = turn.start + len(written) - len(written.lstrip())
-    first = _token_at(encoding, word_start, where)
+    first = _token_at(tokens, word_start, where)
     # Blanks at the start of an answer are supervised as well; some tokenizers give them empty ranges. Not those that a
     # token of the prompt has swallowed, as Phi-3's <|assistant|> does.
     while first > 0:
-        start, end = _range(encoding, first - 1)
+        start, end = tokens.range_of(first - 1)
         if end <= turn.start or text[start : turn.start].strip():
             break
         first -= 1
-    last, word = _find_last(text, encoding, turn.start, turn.start + len(written.rstrip()), where)
-    return _Answer(first, last, word if _closes(turn, text, encoding, last, word, closing.get(int(ids[last]))) else "")
+    last, word = _find_last(text, tokens, turn.start, turn.start + len(written.rstrip()), where)
+    is_closed = _closes(turn, text, tokens, last, word, closing.get(int(tokens.ids[last])))
+    return _Answer(first, last, word if is_closed else "")
 
 
-def _closes(turn: Turn, text: str, encoding: "Encoding", last: int, word: str, token: str | None) -> bool:
+def _closes(turn: Turn, text: str, tokens: TokenPlaces, last: int, word: str, token: str | None) -> bool:
     """Say whether the last token, whose text is `word`, ends the turn, and is the template's, not the answer's."""
     # The text is compared too: some vocabularies list bytes, such as <0x0A>, among their added tokens.
     if token != word:
         return False
     content = turn.message.content.strip()
-    return not content.endswith(word) or text[: _range(encoding, last)[0]].rstrip().endswith(content)
+    return not content.endswith(word) or text[: tokens.range_of(last)[0]].rstrip().endswith(content)
 
 
-def _find_last(text: str, encoding: "Encoding", start: int, end: int, where: str) -> tuple[int, str]:
+def _find_last(text: str, tokens: TokenPlaces, start: int, end: int, where: str) -> tuple[int, str]:
     """Return the last token that shares a character with [start, end), and its text without blanks."""
-    last = _token_at(encoding, end - 1, where) if end > start else 0
+    last = _token_at(tokens, end - 1, where) if end > start else 0
     # The bytes of one character may be several tokens, all of them with the range of that character.
-    while last + 1 < len(encoding) and _range(encoding, last + 1)[0] < end:
+    while last + 1 < len(tokens.ids) and tokens.range_of(last + 1)[0] < end:
         last += 1
-    return last, text[slice(*_range(encoding, last))].strip()
+    return last, text[slice(*tokens.range_of(last))].strip()
 
 
-def _token_at(encoding: "Encoding", character: int, where: str) -> int:
-    token: int | None = encoding.char_to_token(character)
+def _token_at(tokens: TokenPlaces, character: int, where: str) -> int:
+    token = tokens.find(character)
     if token is None:
         raise RowError(f"{where}: the tokenizer drops a character of it, so what is learned would not be what it says")
     return token
 
 
-def _range(encoding: "Encoding", token: int) -> tuple[int, int]:
-    # Not encoding.offsets[token], which builds the whole list each time.
-    found: tuple[int, int] | None = encoding.token_to_chars(token)
-    return found or (0, 0)  # a token that the tokenizer added by itself
-
-
-def _prove(turn: Turn, answer: _Answer, text: str, encoding: "Encoding", closing: dict[int, str]) -> None:
+def _prove(turn: Turn, answer: _Answer, text: str, tokens: TokenPlaces, closing: dict[int, str]) -> None:
     """Raise RowError unless the tokens of `answer` cover what the row says, its closing token, and nothing else."""
-    covered_start, covered_end = _range(encoding, answer.first)[0], _range(encoding, answer.last)[1]
+    covered_start, covered_end = tokens.range_of(answer.first)[0], tokens.range_of(answer.last)[1]
     covered = text[covered_start:covered_end]
     stray = text[covered_start : turn.start].strip() or text[turn.end : covered_end].strip()
     words = covered.rstrip().removesuffix(answer.closing)

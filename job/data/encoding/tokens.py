@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from job.data.encoding.labels import NOT_SUPERVISED, Encoded, label_chat, label_plain
+from job.data.encoding.places import BatchTokenizer
 from job.data.encoding.render import Rendered, Renderer, make_renderer
 from job.data.shaping.shapes import ChatExample, Example, PlainExample, RowError
 from job.errors import ConfigError
 from job.log import adopt_library_logs
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "NOT_SUPERVISED",
+    "BatchEncoder",
     "Encoded",
     "encode",
     "encode_batch",
@@ -99,37 +101,48 @@ def encode(example: Example, tokenizer: "PreTrainedTokenizerBase") -> tuple[list
 
 def encode_batch(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded | RowError]:
     """Tokenise examples together; where one can't be, its place holds the reason."""
-    renderer = make_renderer(tokenizer)
-    results: list[Encoded | RowError | None] = [None] * len(examples)
-    plain: list[tuple[int, PlainExample]] = []
-    chats: list[tuple[int, Rendered]] = []
-    for index, example in enumerate(examples):
-        if isinstance(example, PlainExample):
-            plain.append((index, example))
-            continue
-        rendered = _try_render(example, renderer)
-        if isinstance(rendered, RowError):
-            results[index] = rendered
-        else:
-            chats.append((index, rendered))
-    # The template has written the special tokens of a conversation; those of a plain text are the tokenizer's to add.
-    plain_tokens = _tokenize([example.text for _, example in plain], tokenizer, add_special_tokens=True)
-    for (index, example), encoding in zip(plain, plain_tokens, strict=True):
-        results[index] = label_plain(example, encoding, _get_eos(tokenizer))
-    closing = find_closing_tokens(tokenizer)
-    chat_tokens = _tokenize([rendered.text for _, rendered in chats], tokenizer, add_special_tokens=False)
-    for (index, rendered), encoding in zip(chats, chat_tokens, strict=True):
-        try:
-            results[index] = label_chat(rendered, encoding, closing, tokenizer.eos_token_id)
-        except RowError as error:
-            results[index] = error
-    return [result for result in results if result is not None]
+    return BatchEncoder(tokenizer)(examples)
+
+
+class BatchEncoder:
+    """Tokenises examples with one tokenizer, many at a time."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._renderer = make_renderer(tokenizer)
+        self._closing = find_closing_tokens(tokenizer)
+        self._tokenize_chats = BatchTokenizer(_prepare_backend(tokenizer))
+
+    def __call__(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
+        """Return what each example becomes; where one can't be tokenised, its place holds the reason."""
+        results: list[Encoded | RowError | None] = [None] * len(examples)
+        plain: list[tuple[int, PlainExample]] = []
+        chats: list[tuple[int, Rendered]] = []
+        for index, example in enumerate(examples):
+            if isinstance(example, PlainExample):
+                plain.append((index, example))
+                continue
+            rendered = _try_render(example, self._renderer)
+            if isinstance(rendered, RowError):
+                results[index] = rendered
+            else:
+                chats.append((index, rendered))
+        # The template has written the special tokens of a conversation; those of a plain text are the tokenizer's.
+        encodings = _prepare_backend(self._tokenizer).encode_batch([example.text for _, example in plain])
+        for (index, example), encoding in zip(plain, encodings, strict=True):
+            results[index] = label_plain(example, encoding, _get_eos(self._tokenizer))
+        tokenized = self._tokenize_chats([rendered.text for _, rendered in chats])
+        for (index, rendered), tokens in zip(chats, tokenized, strict=True):
+            try:
+                results[index] = label_chat(rendered, tokens, self._closing, self._tokenizer.eos_token_id)
+            except RowError as error:
+                results[index] = error
+        return [result for result in results if result is not None]
 
 
 def encode_prompt(text: str, tokenizer: "PreTrainedTokenizerBase", *, is_plain: bool) -> list[int]:
     """Return the token ids of what stands before an answer: plain text, or what the chat template has written."""
-    [encoding] = _tokenize([text], tokenizer, add_special_tokens=is_plain)
-    ids: list[int] = encoding.ids
+    ids: list[int] = _prepare_backend(tokenizer).encode(text, add_special_tokens=is_plain).ids
     # Some tokenizers end a plain text with EOS, behind which there is nothing to be said.
     return ids[:-1] if is_plain and ids[-1:] == [tokenizer.eos_token_id] else ids
 
@@ -149,16 +162,15 @@ def _try_render(example: ChatExample, renderer: Renderer | None) -> Rendered | R
         return error
 
 
-def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase", *, add_special_tokens: bool) -> "list[Encoding]":
-    """Return each text's ids and offsets, whatever truncation or padding the tokenizer was saved with."""
+def _prepare_backend(tokenizer: "PreTrainedTokenizerBase") -> "Tokenizer":
+    """Return what tokenises, without the truncation or padding that the tokenizer was saved with."""
     # transformers' own call turns every token into Python objects three times over, which takes a third as long as
     # the tokenising itself.
-    backend = tokenizer.backend_tokenizer
+    backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    encodings: list[Encoding] = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-    return encodings
+    return backend
 
 
 def _get_eos(tokenizer: "PreTrainedTokenizerBase") -> int:

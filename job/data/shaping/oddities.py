@@ -9,8 +9,7 @@ CONTROL_NOTE = "control characters"
 REPLACEMENT_NOTE = "replacement characters (U+FFFD), which text gets when it is decoded wrongly"
 SPECIAL_NOTE = "special tokens in the text, read as if the template had written them"
 
-# Tab, newline and carriage return are none.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = bytes({*range(0x20), 0x7F} - set(b"\t\n\r"))  # in UTF-8, no byte of another character is one of them
 
 
 def special_token_pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
@@ -27,7 +26,8 @@ def find_oddities(example: Example, special_tokens: re.Pattern[str] | None) -> t
     """
     text = "\n".join(_list_texts(example))  # one search in a long text is faster than many in short ones
     notes = []
-    if _CONTROL.search(text):
+    encoded = text.encode(errors="surrogatepass")  # of what is not rendered, nobody has looked at that
+    if len(encoded.translate(None, _CONTROL)) < len(encoded):  # ten times as fast as a pattern
         notes.append(CONTROL_NOTE)
     if "\ufffd" in text:
         notes.append(REPLACEMENT_NOTE)
