@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from job.data.encoding.places import BatchTokenizer, ByteCounter, CountedPlaces, TokenPlaces, TrackedPlaces
 
-PIECES = ["How late", "9.", " ", "  ", "\n", "\n\n", "\t", "\x00", "\u00a0", "\u00ad", "<|end|>", "Ġ", "é", "e\u0301", "œ", "ÿ"]
-PIECES += ["你", "🙂", "👩\u200d👩\u200d👧"]
+PIECES = ["How late", "9.", " ", "  ", "\n", "\n\n", "\t", "\x00", "\u00a0", "\u00ad", "<|end|>", "Ġ"]
+PIECES += ["é", "e\u0301", "œ", "ÿ", "你", "🙂", "👩\u200d👩\u200d👧"]
 KINDS = ["untrimmed", "trimmed", "trimmed but for the first", "composed", "split first"]
 
 
@@ -25,7 +25,7 @@ def make_tokenizer(kind: str) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["How late are you open?   Until nine. 你們幾點關門？ déjà 99"] * 5, trainer)
+    tokenizer.train_from_iterator(["How late are you open?   Until nine. 你們幾點關門 déjà 99"] * 5, trainer)
     if kind.startswith("trimmed"):
         trims = processors.ByteLevel(add_prefix_space=kind != "trimmed", trim_offsets=True)
         tokenizer.post_processor = processors.Sequence([trims])

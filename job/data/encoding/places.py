@@ -61,9 +61,7 @@ class CountedPlaces:
 
     __slots__ = ("_ends", "_starts", "_zero", "ids")
 
-    def __init__(
-        self, ids: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64], zero: int
-    ) -> None:
+    def __init__(self, ids: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64], zero: int) -> None:
         self.ids = ids
         self._starts, self._ends, self._zero = starts, ends, zero
 
