@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from job.nodes.peers import Peers
     from job.prepared import Prepared
 
-
 _ALREADY_PUBLISHED = "is already published: nothing to do"
 _HINTS = {  # for ends that bring none of their own
     PREEMPTED.code: "start it again: it goes on from what is in the store",
@@ -63,7 +62,7 @@ def run(settings: Settings, progress: Progress) -> str:
         own_work_dir(settings.runtime.work_dir) as work_dir,
         serve_metrics(settings.runtime.metrics_port, progress, RunFolder(work_dir / "run")),
     ):
-        prepared = prepare(settings, find_hardware(), node, work_dir, progress)
+        prepared = prepare(settings, find_hardware(), node, work_dir, progress, trains=True)
         if prepared is None:
             return _ALREADY_PUBLISHED
         enter_phase("listing")
@@ -105,21 +104,19 @@ def _train(
     """
     from job.attempt import attempt_training
     from job.checkpoints.resume import adopt_plan, fetch_finished, keep_finished
-    from job.inputs import MODEL_FOLDER
     from job.memory.ladder import train_within_memory
     from job.merge import check_room
 
-    settings, base_model = prepared.settings, prepared.inputs.base_model
     finished = None if lease is None else fetch_finished(prepared, folder)
     if peers.exchange(finished is not None)[0]:
         logger.info("an earlier start has trained it: publishing is left")
         return prepared if finished is None else replace(prepared, plan=finished)
 
     progress.enter("fetching the base model", phase="download")
-    base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
+    prepared.weights.fetch()
     progress.enter("training", phase="listing")
-    if settings.output.merge and peers.node_rank == 0:
-        check_room(folder.root, base_model.weights_bytes())
+    if prepared.settings.output.merge and peers.node_rank == 0:
+        check_room(folder.root, prepared.inputs.base_model.weights_bytes())
     prepared = adopt_plan(prepared, folder, peers)
     attempt = partial(
         attempt_training, folder=folder, peers=peers, lease=lease, progress=progress, deadline_s=deadline_s
@@ -137,7 +134,6 @@ def _train(
 def _publish(
     prepared: "Prepared", folder: "RunFolder", peers: "Peers", lease: "Lease | None", progress: Progress
 ) -> None:
-    from job.inputs import MODEL_FOLDER
     from job.merge import merge_adapter
     from job.publish import publish_run
     from job.report.text import format_metrics
@@ -148,7 +144,7 @@ def _publish(
         return
     logger.info("%s", format_metrics(folder.read_result()))
     # They are here, unless an earlier start has trained the adapter, elsewhere.
-    prepared.inputs.base_model.fetch_weights(folder.root.parent / MODEL_FOLDER)
+    prepared.weights.fetch()
     if prepared.settings.output.merge:
         progress.enter("merging", phase="merging")
         merge_adapter(prepared, folder)
@@ -164,7 +160,7 @@ def check(settings: Settings, progress: Progress, *, gpus: tuple[int, int] | Non
     hardware = find_hardware() if gpus is None else assume_gpus(find_hardware(), *gpus)
     node = find_node(settings.parallel)
     with own_work_dir(settings.runtime.work_dir) as work_dir:
-        if prepare(settings, hardware, node, work_dir, progress) is None:
+        if prepare(settings, hardware, node, work_dir, progress, trains=False) is None:
             return _ALREADY_PUBLISHED
         logger.info("plan.json and xray.json are in %s", work_dir / "run")
         return "is ready to train"
@@ -180,11 +176,11 @@ def look_at(command: Command, runtime: RuntimeSettings, progress: Progress) -> s
 
 
 def prepare(
-    settings: Settings, hardware: "Hardware", node: Node, work_dir: Path, progress: Progress
+    settings: Settings, hardware: "Hardware", node: Node, work_dir: Path, progress: Progress, *, trains: bool
 ) -> "Prepared | None":
     """Do what `run` and `check` share, up to the printed plan; return None when this very run is already published.
 
-    Every node does it by itself, but only node 0 writes to the output.
+    Every node does it by itself, but only node 0 writes to the output. `trains`: the weights will be needed.
     """
     from job.checkpoints.resume import refuse_another_runs
     from job.dataset import prepare_dataset, row_options
@@ -199,6 +195,7 @@ def prepare(
     from job.report.xray import format_xray
     from job.slot import check_slot, is_finished, keep_bad_rows, open_checkpoints, open_slot, open_workplace
     from job.trackers import refuse_missing_trackers
+    from job.weights import Weights
 
     refuse_missing_trackers(settings.runtime.report_to)
     parallel = plan_parallel(settings, hardware)
@@ -225,6 +222,9 @@ def prepare(
 
     progress.enter("tokenizing", phase="tokenizing")
     model_folder = inputs.base_model.fetch_configuration(work_dir / MODEL_FOLDER)
+    weights = Weights(inputs.base_model, work_dir / MODEL_FOLDER)
+    if trains:
+        weights.start(data_bytes=inputs.size_bytes)
     dataset = prepare_dataset(
         settings,
         inputs,
@@ -240,7 +240,7 @@ def prepare(
     enter_phase("planning")
     plan = make_plan(settings, parallel, dataset.facts)
     progress.total_steps = plan.steps
-    prepared = Prepared(settings, hardware, inputs, model_folder, dataset, plan, slot, checkpoints, workplace)
+    prepared = Prepared(settings, hardware, inputs, model_folder, weights, dataset, plan, slot, checkpoints, workplace)
     table = format_plan(plan, width=terminal.width)
     logger.info("run %s, the plan:\n%s", inputs.run_id, table, extra=event("plan", **prepared.outline()))
     log_warnings(plan.warnings)

@@ -80,6 +80,11 @@ class Inputs:
     chat_template: ChatTemplate | None  # None: the base model's own
     prompts: list[GivenPrompt]
 
+    @property
+    def size_bytes(self) -> int:
+        """The size of all data files."""
+        return sum(file.size_bytes for file in (*self.train, *self.evaluation))
+
 
 def fetch_data(uri: str, *, weight: float, setting: str, folder: Path) -> list[InputFile]:
     """Fetch the data files that a URI names, in the order of their paths.

@@ -6,6 +6,7 @@ writes its own down as it goes, and the parent puts it in the place of its wait.
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ PHASES = {
     "start": "Python starts, and imports the job",
     "settings": "the settings are read and checked",
     "listing": "data, model, output and checkpoints are looked up in their stores",
-    "download": "data, configuration and weights are fetched",
+    "download": "data, configuration and weights are fetched, and nothing else is done meanwhile",
     "tokenizing": "rows become token ids",
     "planning": "the plan is made, and handed over",
     "starting workers": "from their command to their first line",
@@ -110,7 +111,11 @@ def enter_phase(name: str) -> None:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Be in a phase during the block, and then in the one before again."""
+    """Be in a phase during the block, and then in the one before again; in other threads than the main one, this counts
+    nothing, for what the main thread does meanwhile does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = _phases.current
     _phases.enter(name)
     try:

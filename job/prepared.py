@@ -20,17 +20,19 @@ from job.phases import enter_phase
 from job.plan import TrainPlan
 from job.settings import Settings
 from job.storage import Slot, Store
+from job.weights import Weights
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Settings, machine, inputs (the base model in `model_folder`), data set and plan of one run, its slot, and the
-    places of its checkpoints and of what else is kept while it goes on."""
+    """Settings, machine, inputs (the base model in `model_folder`, with its weights on their way there), data set and
+    plan of one run, its slot, and the places of its checkpoints and of what else is kept while it goes on."""
 
     settings: Settings
     hardware: Hardware
     inputs: Inputs
     model_folder: Path
+    weights: Weights
     dataset: Dataset
     plan: TrainPlan
     slot: Slot
