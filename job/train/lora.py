@@ -31,7 +31,7 @@ def lighten_lora(model: nn.Module, *, gathers_by_module: bool = False) -> None:
             layer.cast_input_dtype_enabled = False
             for name, dropout in layer.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):
-                    layer.lora_dropout[name] = Dropout(dropout.p, numbers)
+                    layer.lora_dropout[name] = Dropout(dropout.p, numbers).train(dropout.training)
             if type(layer) is Linear and not gathers_by_module:
                 for name, second in layer.lora_B.items():
                     if name not in layer.lora_variant and second.bias is None:
@@ -39,14 +39,20 @@ def lighten_lora(model: nn.Module, *, gathers_by_module: bool = False) -> None:
 
 
 class _Added(LoraVariant):  # type: ignore[misc]
-    """PEFT's plain LoRA, its output scaled and added by the product that computes it."""
+    """PEFT's plain LoRA, its output scaled and added by the product that computes it while training.
+
+    Evaluation computes what plain PEFT does, to the last bit; for a few tokens that is faster, too.
+    """
 
     @staticmethod
     def forward(module: Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """Return result (..., O) and what the adapter adds to it for x (..., I)."""
         narrow = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (..., R)
-        weight, scaling = module.lora_B[active_adapter].weight, module.scaling[active_adapter]
-        added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), weight.t(), alpha=scaling)
+        second, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
+        if not module.training:
+            evaluated: torch.Tensor = result + second(narrow) * scaling
+            return evaluated
+        added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), second.weight.t(), alpha=scaling)
         return added.view_as(result)
 
 

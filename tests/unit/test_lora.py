@@ -128,6 +128,15 @@ def test_in_16_bits_they_are_as_exact_as_those_of_peft() -> None:
     assert distance(train_once(lightened)[1], expected) < 1.2 * distance(train_once(as_it_comes)[1], expected) < 0.1
 
 
+def test_evaluation_is_bitwise_that_of_peft() -> None:
+    as_it_comes, lightened = make_model(0.5).eval(), make_model(0.5).eval()
+    lighten_lora(lightened)
+    expected_loss, expected = train_once(as_it_comes)
+    loss, gradients = train_once(lightened)
+    assert loss == expected_loss
+    assert all(map(torch.equal, gradients, expected))
+
+
 def test_an_adapter_that_is_switched_off_adds_nothing() -> None:
     model = make_model(0.0, dtype=torch.float32).eval()
     lighten_lora(model)
