@@ -169,7 +169,7 @@ def prepare(
         inputs, nothing = cast(Any, SimpleNamespace(run_id=run_id)), cast(Any, None)
         dataset = cast(Any, SimpleNamespace(facts=SimpleNamespace(shape=small_shape)))
         plan = plan_for(**({"TRAIN__MICRO_BATCH_SIZE": 4} | settings))
-        prepared = Handed(nothing, hardware or machine(), inputs, tmp_path, dataset, plan, slot, nothing, slot)
+        prepared = Handed(nothing, hardware or machine(), inputs, tmp_path, nothing, dataset, plan, slot, nothing, slot)
         folder = RunFolder(tmp_path / "run")
         shutil.rmtree(folder.root, ignore_errors=True)
         folder.root.mkdir()
