@@ -2,8 +2,7 @@
 
 Left to itself, PEFT copies the input of every LoRA layer to the adapter's float32, and drops of that; autocast then
 rounds the copy back to what it was copied from. PyTorch's dropout on a CPU draws one random number after the other. And
-the adapter's output is written, scaled and added to the base model's in three passes. Together that is a quarter of a
-training step of SmolLM2-135M on a CPU (`make bench`).
+the adapter's output is written, scaled and added to the base model's in three passes.
 """
 
 from typing import Any

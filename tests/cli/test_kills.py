@@ -259,7 +259,8 @@ def test_parent_while_downloading(
     number: signal.Signals,
 ) -> None:
     with on_s3(seaweed, s3_client, bucket, tiny_model, tmp_path, stall=request_line) as job:
-        job.wait_for(f"== {phase}")  # the weights are on their way from tokenizing on, and waited for here
+        job.wait_for(f"== {phase}")
+        assert ("are fetched meanwhile" in job.output) == (phase == "fetching the base model")  # while tokenizing
         kill_parent(job, number, phase=phase)
 
 

@@ -1,8 +1,8 @@
 """Which characters of its text each token stands for.
 
-The tokenizers library can keep track of that while it splits a text, for a fifth of its time. The tokens of a
-byte-level vocabulary are their text's bytes, one after the other, so their places follow by counting. That they are is
-never assumed: a text is counted where its tokens' bytes are its own, and split again with tracking where they are not.
+The tokenizers library can keep track of that while it splits a text, and takes longer then. The tokens of a byte-level
+vocabulary are their text's bytes, one after the other, so their places follow by counting. That they are is never
+assumed: a text is counted where its tokens' bytes are its own, and split again with tracking where they are not.
 """
 
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _BLANKS = "Ġ" + string.whitespace  # the first is how byte-level vocabularies write a space
 _NO_TEXT = b"\xff"  # is in no text
 _MISSES_AT_MOST = 0.1  # of the texts; where more can't be counted, it isn't tried any longer
-_TEXTS_AT_ONCE = 32  # the library's own objects, ten times as large as the ids, then stay in the processor's cache
+_TEXTS_AT_ONCE = 32  # the library's own objects, far larger than the ids, then stay in the processor's cache
 
 
 class TokenPlaces(Protocol):
