@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale bench-storage lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -68,6 +68,9 @@ bench-fp8: $(INSTALLED) ## Measure what an FP8 base does to loss and gradients o
 
 bench-scale: ## Compute what 1, 8 and 64 GPUs cost in communication (BENCH='--tokens-per-s 12000')
 	@$(PYTHON) tests/bench/scale.py $(BENCH)
+
+bench-storage: $(INSTALLED) ## Measure downloads and uploads against s5cmd and boto3's own (BENCH='--rounds 1')
+	$(BIN)/python tests/bench/storage.py $(BENCH)
 
 CHART := charts/sft-job
 # The values of a JobSet are for clusters that have it.

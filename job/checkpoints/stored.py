@@ -103,8 +103,7 @@ class CheckpointStore:
         """Upload everything in a folder, then the word that it is all there. What was there under that name goes."""
         files = list_files(folder)
         self.store.delete(f"{name}/{_COMMIT}")
-        for file in files:
-            self.store.put(folder / file.path, f"{name}/{file.path}")
+        self.store.put_all([(folder / file.path, f"{name}/{file.path}") for file in files])
         with tempfile.NamedTemporaryFile("w", suffix=".json", dir=folder.parent) as commit:
             commit.write(checkpoint.model_copy(update={"files": files}).model_dump_json(indent=2) + "\n")
             commit.flush()

@@ -75,6 +75,10 @@ class Store(ReadableStore, Protocol):
         """Place a local file at `path` in the slot, whole or not at all."""
         ...
 
+    def put_all(self, files: Sequence[tuple[Path, str]]) -> None:
+        """Place local files at paths in the slot, each as `put` does; an error may leave some of them there."""
+        ...
+
     def delete(self, path: str) -> None:
         """Remove a file of the slot, and the folders in the slot that it leaves empty; one that isn't there is no
         error."""

@@ -84,6 +84,11 @@ class LocalStore:
         with source.open("rb") as reader, disk_errors(target.parent, self.label), atomic_file(target) as writer:
             shutil.copyfileobj(reader, writer, 2**20)
 
+    def put_all(self, files: Sequence[tuple[Path, str]]) -> None:
+        """Copy files so, one after the other."""
+        for source, path in files:
+            self.put(source, path)
+
     def read(self, path: str) -> bytes | None:
         """Return a file of the slot, or None where there is none."""
         target = self.path / check_path(path, self.label)

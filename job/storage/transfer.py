@@ -1,7 +1,8 @@
 """Downloads cut into segments over 8 threads, whatever the store: a `Source` yields bytes and verifies the result.
 
-A file is written under a temporary name, verified, synced and renamed; a broken segment or a damaged file is fetched
-again a few times. No temporary file outlives an error.
+A file is written under a temporary name, verified and renamed; a broken segment or a damaged file is fetched again a
+few times. No temporary file outlives an error. When `download` returns, all files are synced: those below 1 MiB
+together, at the end.
 """
 
 import errno
@@ -19,12 +20,13 @@ from typing import Protocol
 
 from job.errors import DamagedError, UnavailableError
 from job.storage import Progress
-from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_folder
+from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_file, sync_file_system, sync_folder
 
 THREADS = 8
 TRIES = 4
 SEGMENT_BYTES = 16 * 2**20
 PIECE_BYTES = 2**20
+SYNCED_ONE_BY_ONE = 16  # files; to sync thousands takes longer than to download them
 
 Task = Callable[[], "list[Task]"]  # does one thing, and returns what is to be done because of it
 
@@ -115,13 +117,28 @@ def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
                 one.target.parent.mkdir(parents=True, exist_ok=True)
             tasks.extend(one.tasks())
         run_tasks(tasks, stop)
-        for folder in {target.parent for _, target in sources}:
-            sync_folder(folder)
+        run_tasks([partial(_sync, sources)], stop)
     except BaseException:
         stop.set()
         for one in downloads:
             one.abandon()
         raise
+
+
+def _sync(sources: list[tuple[Source, Path]]) -> list[Task]:
+    """Make the small files survive a power cut, which `_Download` has done for the others, and all their names."""
+    small = [(source, target) for source, target in sources if source.size_bytes < PIECE_BYTES]
+    if len(small) > SYNCED_ONE_BY_ONE:
+        source, target = small[0]
+        with disk_errors(target.parent, source.label):
+            sync_file_system(target.parent)
+    else:
+        for source, target in small:
+            with disk_errors(target.parent, source.label):
+                sync_file(target)
+    for folder in {target.parent for _, target in sources}:
+        sync_folder(folder)
+    return []
 
 
 class _Download:
@@ -182,7 +199,8 @@ class _Download:
                 tries += 1
                 self._wait_or_give_up(tries, error)
             else:
-                self._write(0, b"")  # an empty object is a file too
+                if not written_bytes:
+                    self._write(0, b"")  # an empty object is a file too
                 return written_bytes
 
     def _write(self, offset: int, piece: bytes) -> None:
@@ -204,7 +222,7 @@ class _Download:
                 return os.open(self._temporary, os.O_WRONLY)
             descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             self._created = True
-        if self.source.size_bytes:
+        if self.source.size_bytes >= PIECE_BYTES:
             try:
                 # A disk that is too small is found now, not after the last gigabyte.
                 os.posix_fallocate(descriptor, 0, self.source.size_bytes)
@@ -228,11 +246,8 @@ class _Download:
             self._wait_or_give_up(self._damaged, error)
             return self.tasks()
         with disk_errors(self.target.parent, self.source.label):
-            descriptor = os.open(self._temporary, os.O_WRONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            if self.source.size_bytes >= PIECE_BYTES:
+                sync_file(self._temporary)
             self._temporary.replace(self.target)
         return []
 

@@ -430,6 +430,16 @@ class TestSlot:
         opened.delete("sub/manifest.json")
         assert opened.read("sub/manifest.json") is None
 
+    def test_many_at_once(self, bucket: str, tmp_path: Path) -> None:
+        files = [(tmp_path / f"{number}", f"sub/{number}") for number in range(20)]
+        for number, (path, _) in enumerate(files):
+            path.write_bytes(b"x" * (17 * MIB if number == 3 else number))
+        opened = store(f"s3://{bucket}/runs/1")
+        opened.put_all(files)
+        assert {file.path: file.size_bytes for file in opened.find()} == {
+            path: source.stat().st_size for source, path in files
+        }
+
     def test_empty_file(self, bucket: str, tmp_path: Path) -> None:
         (tmp_path / "empty").touch()
         opened = store(f"s3://{bucket}")

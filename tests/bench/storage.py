@@ -1,0 +1,233 @@
+"""How fast files go from S3 and to S3: `make bench-storage`.
+
+The job's own storage, s5cmd, and boto3's own transfer move the same files to and from one real S3 server, in turns:
+one object of 1 GiB, and 2,000 of 64 KiB. Each try is a process of its own, timed from the first request to the last,
+for s5cmd with its start, which takes some 20 ms. The client's CPU seconds are told beside the rate, for client and
+server share the machine's cores.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from job_cli import job_environment
+from seaweed import SeaweedFS
+
+RESULTS = Path(__file__).parent / "results" / "storage.md"
+BIG_BYTES = 2**30
+SMALL_BYTES = 64 * 2**10
+SMALL_FILES = 2_000
+CASES = {"big": "1 GiB in one object", "small": f"{SMALL_FILES:,} objects of 64 KiB"}
+DIRECTIONS = ("download", "upload")
+CLIENTS = ("job", "s5cmd", "boto3")
+NOTES = """
+What each one verifies: the job compares what it downloads with the checksum that is stored with the object, or with
+the ETag's MD5, and has written it to the disk (fsync) before it calls it done; what it uploads carries checksums that
+the server verifies. s5cmd verifies no download; its uploads carry the SHA-256 of the request's body where the endpoint
+is plain HTTP, as here, and Content-MD5. boto3 verifies a download that comes in one answer and has a checksum, and one
+in ranges not at all; its uploads carry CRC32. Neither s5cmd nor boto3 waits for the disk.
+"""
+
+
+@dataclass(frozen=True)
+class Took:
+    """One try: wall time, and the CPU time of the client."""
+
+    seconds: float
+    cpu_s: float
+
+
+# -- the clients, each in a process of its own -------------------------------------------------------------------------
+
+
+def move_by_job(direction: str, folder: Path, uri: str) -> None:
+    """Move by what the job itself calls."""
+    from job.storage import open_folder
+
+    store = open_folder(uri, setting="SFT_DATA__URI")
+    if direction == "download":
+        store.fetch(store.find(), folder, lambda _: None)
+    else:
+        store.put_all([(path, path.name) for path in sorted(folder.iterdir())])
+
+
+def move_by_boto3(direction: str, folder: Path, uri: str) -> None:
+    """Move by boto3's transfer manager with its defaults: 10 threads, parts of 8 MiB."""
+    import boto3
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+    from botocore.config import Config
+
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    config = Config(s3={"addressing_style": "path"})
+    with closing(boto3.session.Session().client("s3", config=config)) as client:
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        with create_transfer_manager(client, TransferConfig()) as manager:
+            if direction == "download":
+                keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+                futures = [manager.download(bucket, key, str(folder / key.removeprefix(prefix))) for key in keys]
+            else:
+                futures = [manager.upload(str(path), bucket, prefix + path.name) for path in folder.iterdir()]
+            for future in futures:
+                future.result()
+
+
+def run_in_process(client: str, direction: str, folder: Path, uri: str) -> None:
+    """Be the process of one try, and print what it took."""
+    import boto3.s3.transfer  # noqa: F401 - what is imported is no transfer
+
+    import job.storage.s3  # noqa: F401
+
+    move = {"job": move_by_job, "boto3": move_by_boto3}[client]
+    began_s, began_cpu_s = time.monotonic(), _cpu_s(resource.RUSAGE_SELF)
+    move(direction, folder, uri)
+    print(json.dumps([time.monotonic() - began_s, _cpu_s(resource.RUSAGE_SELF) - began_cpu_s]))
+
+
+def _cpu_s(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def run_client(client: str, direction: str, folder: Path, uri: str, environment: dict[str, str]) -> Took:
+    """Move everything once by one client."""
+    os.sync()  # what the one before has left to be written is not this one's
+    if client == "s5cmd":
+        source, target = (f"{uri}*", f"{folder}/") if direction == "download" else (f"{folder}/", uri)
+        command = [str(Path(sys.executable).parent / "s5cmd"), "--endpoint-url", environment["AWS_ENDPOINT_URL_S3"]]
+        began_s, began_cpu_s = time.monotonic(), _cpu_s(resource.RUSAGE_CHILDREN)
+        subprocess.run([*command, "--log", "error", "cp", source, target], env=environment, check=True)
+        return Took(time.monotonic() - began_s, _cpu_s(resource.RUSAGE_CHILDREN) - began_cpu_s)
+    ended = subprocess.run(
+        [sys.executable, __file__, "--client", client, direction, str(folder), uri],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return Took(*json.loads(ended.stdout))
+
+
+def measure(
+    server: SeaweedFS, case: str, scratch: Path, rounds: int, clients: list[str]
+) -> dict[tuple[str, str], list[Took]]:
+    """Return what each round took, by direction and client; what arrives is compared with what was sent."""
+    environment = job_environment(scratch) | server.environment()
+    source = scratch / "source"
+    make_files(case, source)
+    found = defaultdict(list)
+    for number in range(rounds):
+        bucket = f"{case}-{number}"
+        with closing(server.client()) as client:
+            client.create_bucket(Bucket=bucket)
+        turn = clients[number % len(clients) :] + clients[: number % len(clients)]
+        for name in turn:
+            found["upload", name].append(run_client(name, "upload", source, f"s3://{bucket}/{name}/", environment))
+        for name in turn:
+            target = scratch / "target"
+            target.mkdir()
+            # All download the same objects: those that boto3 has uploaded, as most have who use a job like this.
+            uri = f"s3://{bucket}/{clients[-1]}/"
+            found["download", name].append(run_client(name, "download", target, uri, environment))
+            check_files(source, target)
+            shutil.rmtree(target)
+        delete_bucket(server, bucket)
+    shutil.rmtree(source)
+    return found
+
+
+def make_files(case: str, folder: Path) -> None:
+    """Write the files of a case."""
+    folder.mkdir()
+    if case == "big":
+        with (folder / "big.bin").open("wb") as file:
+            for _ in range(BIG_BYTES // 2**24):
+                file.write(os.urandom(2**24))
+        return
+    for number in range(SMALL_FILES):
+        (folder / f"{number:05}.bin").write_bytes(os.urandom(SMALL_BYTES))
+
+
+def check_files(source: Path, target: Path) -> None:
+    """End the benchmark unless two folders hold the same."""
+    if subprocess.run(["diff", "-rq", source, target], check=False).returncode != 0:
+        raise SystemExit(f"{target} is not {source}")
+
+
+def delete_bucket(server: SeaweedFS, bucket: str) -> None:
+    """Remove a bucket with its objects, whose space this server then frees at once."""
+    with closing(server.client()) as client:
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+            keys = [{"Key": item["Key"]} for item in page.get("Contents", [])]
+            if keys:
+                client.delete_objects(Bucket=bucket, Delete={"Objects": keys})  # type: ignore[typeddict-item]
+        client.delete_bucket(Bucket=bucket)
+
+
+def tabulate(case: str, found: dict[tuple[str, str], list[Took]], clients: list[str]) -> list[str]:
+    """Return the rows of the table for a case."""
+    size_mb = (BIG_BYTES if case == "big" else SMALL_FILES * SMALL_BYTES) / 1e6
+    rows = []
+    for direction in DIRECTIONS:
+        for client in clients:
+            tries = found[direction, client]
+            rates = [size_mb / one.seconds for one in tries]
+            ratio = "1"
+            if client != "s5cmd" and "s5cmd" in clients:
+                pairs = zip(found[direction, "s5cmd"], tries, strict=True)
+                ratio = f"{statistics.median(other.seconds / one.seconds for other, one in pairs):.2f}"
+            cpu_s = statistics.median(one.cpu_s for one in tries)
+            rows.append(
+                f"| {CASES[case]} | {direction} | {client} | {statistics.median(rates):.0f} | "
+                f"{min(rates):.0f} to {max(rates):.0f} | {ratio} | {cpu_s:.1f} |"
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure, print a table, and write it beside the other results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--clients", nargs="*", choices=CLIENTS, default=list(CLIENTS))
+    parser.add_argument("--folder", type=Path, help="where there is room for 8 GB")
+    parser.add_argument("--client", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.client:
+        client, direction, folder, uri = arguments.client
+        run_in_process(client, direction, Path(folder), uri)
+        return
+    table = [
+        "| files | direction | client | MB/s, median | of all rounds | ratio to s5cmd | client's CPU s |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="sft-job-bench-") as name:
+        scratch = Path(name)
+        with SeaweedFS(scratch / "store") as server:
+            for case in arguments.cases:
+                found = measure(server, case, scratch, arguments.rounds, arguments.clients)
+                table += tabulate(case, found, arguments.clients)
+    text = "\n".join(table)
+    print(text)
+    if arguments.cases == list(CASES) and arguments.clients == list(CLIENTS):
+        head = f"`make bench-storage`: {arguments.rounds} rounds in turns, {os.cpu_count()} cores for client and server"
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(f"{head}; the ratio is the median of those of each round.\n\n{text}\n{NOTES}")
+
+
+if __name__ == "__main__":
+    main()
