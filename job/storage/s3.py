@@ -1,4 +1,5 @@
-"""Files in S3, or in any server that speaks its protocol: this module, s3_client.py and s3_object.py import boto3.
+"""Files in S3, or in any server that speaks its protocol: this module, s3_client.py, s3_object.py and s3_quick.py
+import boto3 or botocore.
 
 The endpoint and the credentials are those of the AWS default chain.
 """

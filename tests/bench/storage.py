@@ -34,11 +34,10 @@ CASES = {"big": "1 GiB in one object", "small": f"{SMALL_FILES:,} objects of 64 
 DIRECTIONS = ("download", "upload")
 CLIENTS = ("job", "s5cmd", "boto3")
 NOTES = """
-What each one verifies: the job compares what it downloads with the checksum that is stored with the object, or with
-the ETag's MD5, and has written it to the disk (fsync) before it calls it done; what it uploads carries checksums that
-the server verifies. s5cmd verifies no download; its uploads carry the SHA-256 of the request's body where the endpoint
-is plain HTTP, as here, and Content-MD5. boto3 verifies a download that comes in one answer and has a checksum, and one
-in ranges not at all; its uploads carry CRC32. Neither s5cmd nor boto3 waits for the disk.
+The job compares what it downloads with the ETag's MD5, or where that is none with the checksum that is stored with the
+object, and syncs the files to the disk before it calls them done; what it uploads carries SHA-256 for the server to
+verify. boto3 uploads with its default checksum, and verifies it on downloads that come in one answer. What s5cmd
+verifies was not examined. Neither s5cmd nor boto3 waits for the disk.
 """
 
 
