@@ -20,6 +20,7 @@ from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
 from job.storage.paths import check_path, compile_pattern, is_pattern, literal_prefix, pattern_folder
 from job.storage.s3_client import code_and_status, endpoint_of, open_client, reply_error, s3_errors
 from job.storage.s3_object import NoSuchKeyError, S3Object
+from job.storage.s3_quick import QuickReader
 from job.storage.transfer import (
     SEGMENT_BYTES,
     THREADS,
@@ -52,7 +53,7 @@ class S3Store:
         self.uri = uri
         self.bucket = bucket
         self.label = f"{setting}={uri}"
-        self.client = open_client(self.label)
+        self.client, self.session = open_client(self.label)
         self._has_conditions = True
 
     def find(self) -> list[StoredFile]:
@@ -75,7 +76,10 @@ class S3Store:
     def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
         """Download the files into the folder, each verified against the ETag that `find` saw."""
         targets = [folder / check_path(file.path, self.label_of(file.uri)) for file in files]
-        download([(self._object(file), target) for file, target in zip(files, targets, strict=True)], progress)
+        with s3_errors(self.label, self.client):
+            quick = QuickReader(self.client, self.session, self.bucket)
+        objects = [self._object(file, quick) for file in files]
+        download(list(zip(objects, targets, strict=True)), progress)
         return targets
 
     def revision(self, files: list[StoredFile]) -> str:
@@ -183,8 +187,8 @@ class S3Store:
     def _uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
 
-    def _object(self, file: StoredFile) -> S3Object:
-        return S3Object(self.client, self.bucket, file, label=self.label_of(file.uri))
+    def _object(self, file: StoredFile, quick: QuickReader | None = None) -> S3Object:
+        return S3Object(self.client, self.bucket, file, label=self.label_of(file.uri), quick=quick)
 
     def _folder(self) -> str:
         return self.key if self.key in ("", "/") or self.key.endswith("/") else self.key + "/"

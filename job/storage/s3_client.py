@@ -18,6 +18,7 @@ from boto3.exceptions import S3UploadFailedError
 from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.loaders import Loader, create_loader
+from botocore.utils import determine_content_length
 
 from job.errors import ConfigError, DeniedError, InternalError, JobError, NotFoundError, UnavailableError
 from job.storage.transfer import THREADS, retry_delay_s
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
 ATTEMPTS = 4  # of each request, by botocore: a closed port ends after 7 s at most
+_SENT_AT_ONCE_BYTES = 256 * 2**10  # what servers read to the end even where they refuse it
 _AWS_HOST = re.compile(r".*\.amazonaws\.(com|com\.cn|eu)|.*\.api\.aws")
 _NO_CREDENTIALS = (boto.CredentialRetrievalError, boto.SSOError, boto.TokenRetrievalError, FileNotFoundError)
 _BAD_PROFILE = (boto.ProfileNotFound, boto.ConfigNotFound, boto.ConfigParseError)
@@ -92,8 +94,9 @@ def reply_error(label: str, endpoint: str, code: str, status: int) -> JobError:
     return ConfigError(f"{label}: the server refuses the request {suffix}", hint="check the URI and the endpoint")
 
 
-def open_client(label: str) -> "S3Client":
-    """Return a client of the default chain's endpoint, credentials and region (us-east-1 if none is set)."""
+def open_client(label: str) -> tuple["S3Client", botocore.session.Session]:
+    """Return a client of the default chain's endpoint, credentials and region (us-east-1 if none is set), with the
+    session that found them."""
     with s3_errors(label, None), _endpoint_errors(label):
         core = botocore.session.get_session()
         core.register_component("data_loader", _loader())
@@ -108,9 +111,9 @@ def open_client(label: str) -> "S3Client":
             client.close()
             client = session.client("s3", region_name=region, config=_config(style))
         client.meta.events.register("needs-retry.s3", _retry_damaged_upload)
+        client.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
         endpoint_of(client)  # a port that is no number shows here
-        opened: S3Client = client
-    return opened
+    return client, core
 
 
 def _retry_damaged_upload(response: tuple[Any, dict[str, Any]] | None, attempts: int, **_: object) -> float | None:
@@ -119,6 +122,12 @@ def _retry_damaged_upload(response: tuple[Any, dict[str, Any]] | None, attempts:
         return None
     code = response[1].get("Error", {}).get("Code")
     return retry_delay_s(attempts) if code in _DAMAGED_UPLOAD else None
+
+
+def _send_at_once(params: dict[str, Any], **_: object) -> None:
+    # Whether the server wants a small body is asked in as much time as it is sent in.
+    if (determine_content_length(params["body"]) or 0) <= _SENT_AT_ONCE_BYTES:
+        params["headers"].pop("Expect", None)
 
 
 @cache

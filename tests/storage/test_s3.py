@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from seaweed import READ_ONLY_BUCKET, SeaweedFS
 
@@ -229,6 +230,23 @@ class TestFetch:
         flaky.flip(1)
         assert opened.read("small") == source.read_bytes()
         assert flaky.faults_left == 0
+
+    @pytest.mark.parametrize("is_refused", [False, True])
+    def test_small_objects_are_read_past_botocore_where_the_server_lets_them(
+        self, bucket: str, put: Callable[[str, bytes], None], tmp_path: Path, is_refused: bool
+    ) -> None:
+        contents = {name: name.encode() * 1_000 for name in ("a b/ü+~*'()!@:=&?#%.txt", "b", "c", "d/e")}
+        for name, content in contents.items():
+            put(f"data/{name}", content)
+        opened = store(f"s3://{bucket}/data")
+        files = opened.find()
+        if is_refused:
+            opened.session.get_credentials = lambda: Credentials("unknown", "wrong")  # type: ignore[method-assign]
+        asked: list[str] = []
+        opened.client.meta.events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request.url))
+        paths = opened.fetch(files, tmp_path, Count())
+        assert {str(path.relative_to(tmp_path)): path.read_bytes() for path in paths} == contents
+        assert len(asked) == (len(files) if is_refused else 0)
 
     def test_changed_after_find(self, bucket: str, put: Callable[[str, bytes], None], tmp_path: Path) -> None:
         put("a", b"before")
