@@ -1,7 +1,6 @@
 """Names and files on a disk, for every store: globs, safe relative paths, atomic writes, and a disk's errors."""
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -161,15 +160,5 @@ def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file_system(folder: Path) -> None:
-    """Make all that was written to the file system of a folder survive a power cut, others' files included."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)

@@ -24,6 +24,7 @@ from job.storage.s3_quick import QuickReader
 from job.storage.transfer import (
     SEGMENT_BYTES,
     THREADS,
+    THREADS_FOR_SMALL,
     TRIES,
     BrokenTransferError,
     Segment,
@@ -91,7 +92,7 @@ class S3Store:
         self.put_all([(source, path)])
 
     def put_all(self, files: Sequence[tuple[Path, str]]) -> None:
-        """Upload files so, 8 small ones at a time; one above 16 MiB has the 8 threads to itself."""
+        """Upload files so: small ones many at a time, and then one above 16 MiB after the other."""
         small: list[Task] = []
         big: list[Task] = []
         for source, path in files:
@@ -99,7 +100,7 @@ class S3Store:
             is_small = size_bytes < SEGMENT_BYTES
             (small if is_small else big).append(partial(self._upload, source, self._slot_key(path), is_small))
         # On other threads, for boto3 lets no signal end an upload before its requests have timed out: 80 s.
-        run_tasks(small, threading.Event())
+        run_tasks(small, threading.Event(), THREADS_FOR_SMALL)
         for task in big:
             run_tasks([task], threading.Event())
 

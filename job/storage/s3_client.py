@@ -21,7 +21,7 @@ from botocore.loaders import Loader, create_loader
 from botocore.utils import determine_content_length
 
 from job.errors import ConfigError, DeniedError, InternalError, JobError, NotFoundError, UnavailableError
-from job.storage.transfer import THREADS, retry_delay_s
+from job.storage.transfer import THREADS_FOR_SMALL, retry_delay_s
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -141,7 +141,7 @@ def _config(addressing_style: Any) -> Config:
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        max_pool_connections=2 * THREADS,
+        max_pool_connections=THREADS_FOR_SMALL,
         # Asked for where it applies: a part's answer may carry the whole object's checksum.
         response_checksum_validation="when_required",
         s3={"addressing_style": addressing_style},

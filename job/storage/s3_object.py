@@ -17,6 +17,7 @@ from job.storage.s3_client import code_and_status, endpoint_of, reply_error, s3_
 from job.storage.transfer import (
     PIECE_BYTES,
     SEGMENT_BYTES,
+    SMALL_BYTES,
     BrokenTransferError,
     DamagedTransferError,
     RestartTransferError,
@@ -118,7 +119,7 @@ class S3Object:
 
     def _read_quickly(self) -> bytes | None:
         """Return a small object that can be verified by its ETag; None where it must be read in the usual way."""
-        if self._quick is None or self._part_count or not self._etag_is_md5 or self.size_bytes > PIECE_BYTES:
+        if self._quick is None or self._part_count or not self._etag_is_md5 or self.size_bytes > SMALL_BYTES:
             return None
         quick, self._quick = self._quick, None  # tried once
         return quick.read(self._address["Key"], self._etag)

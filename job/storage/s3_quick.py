@@ -1,4 +1,4 @@
-"""Small objects by a third of the CPU time that botocore takes for each, which is what thousands of them wait for."""
+"""Small objects past most of botocore's layers, the CPU time of which is what thousands of them would wait for."""
 
 import hashlib
 import os
@@ -13,7 +13,8 @@ from botocore.session import Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
-from job.storage.transfer import THREADS
+from job.storage.s3_client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S
+from job.storage.transfer import THREADS_FOR_SMALL
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -26,17 +27,17 @@ class QuickReader:
 
     def __init__(self, client: "S3Client", session: Session, bucket: str) -> None:
         """Read from where the client does, with its credentials, which are those of the session."""
-        config = client.meta.config
         self._credentials = session.get_credentials()
         self._region = client.meta.region_name
         presigned_url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"})
         self._folder_url = presigned_url.partition("?")[0].removesuffix("-")
         bundle = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        # The stubs know of less than it takes: a file of CAs, and two timeouts.
         self._http = URLLib3Session(
-            verify=bundle or os.environ.get("CURL_CA_BUNDLE") or True,
-            proxies=config.proxies or get_environ_proxies(client.meta.endpoint_url),
-            timeout=(config.connect_timeout, config.read_timeout),
-            max_pool_connections=THREADS,
+            verify=bundle or os.environ.get("CURL_CA_BUNDLE") or True,  # type: ignore[arg-type]
+            proxies=get_environ_proxies(client.meta.endpoint_url),
+            timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),  # type: ignore[arg-type]
+            max_pool_connections=THREADS_FOR_SMALL,
         )
         self._is_refused = False
 

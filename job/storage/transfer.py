@@ -1,8 +1,7 @@
-"""Downloads cut into segments over 8 threads, whatever the store: a `Source` yields bytes and verifies the result.
+"""Downloads cut into segments over threads, whatever the store: a `Source` yields bytes and verifies the result.
 
-A file is written under a temporary name, verified and renamed; a broken segment or a damaged file is fetched again a
-few times. No temporary file outlives an error. When `download` returns, all files are synced: those below 1 MiB
-together, at the end.
+A file is written under a temporary name, verified, synced and renamed; a broken segment or a damaged file is fetched
+again a few times. No temporary file outlives an error.
 """
 
 import errno
@@ -12,6 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Protocol
 
 from job.errors import DamagedError, UnavailableError
 from job.storage import Progress
-from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_file, sync_file_system, sync_folder
+from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_file, sync_folder
 
 THREADS = 8
+THREADS_FOR_SMALL = 32  # which wait for the network most of the time
 TRIES = 4
 SEGMENT_BYTES = 16 * 2**20
-PIECE_BYTES = 2**20
-SYNCED_ONE_BY_ONE = 16  # files; to sync thousands takes longer than to download them
+PIECE_BYTES = 256 * 2**10  # is received, hashed and written without leaving the processor's cache
+SMALL_BYTES = 2**20
 
 Task = Callable[[], "list[Task]"]  # does one thing, and returns what is to be done because of it
 
@@ -81,14 +82,14 @@ def retry_delay_s(tries: int) -> float:
     return min(8.0, 0.4 * 2.0 ** (tries - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
 
-def run_tasks(tasks: list[Task], stop: threading.Event) -> None:
-    """Run the tasks, and those that they return, on 8 threads; the first error ends all and is raised.
+def run_tasks(tasks: list[Task], stop: threading.Event, threads: int = THREADS) -> None:
+    """Run the tasks, and those that they return, on threads; the first error ends all and is raised.
 
     On any exception, a signal handler's in the main thread too, `stop` is set, tasks not begun are dropped, and those
     under way are not waited for.
     """
     finished: SimpleQueue[Future[list[Task]]] = SimpleQueue()
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="transfer")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
     try:
         outstanding = 0
         while True:
@@ -107,7 +108,7 @@ def run_tasks(tasks: list[Task], stop: threading.Event) -> None:
 
 
 def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
-    """Download every source to its path, all over the same 8 threads; no temporary file is left, whatever happens."""
+    """Download every source to its path, all over the same threads; no temporary file is left, whatever happens."""
     stop = threading.Event()
     downloads = [_Download(source, target, progress, stop) for source, target in sources]
     try:
@@ -116,29 +117,15 @@ def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
             with disk_errors(one.target.parent, one.source.label):
                 one.target.parent.mkdir(parents=True, exist_ok=True)
             tasks.extend(one.tasks())
-        run_tasks(tasks, stop)
-        run_tasks([partial(_sync, sources)], stop)
+        small = sum(source.size_bytes < SMALL_BYTES for source, _ in sources)
+        run_tasks(tasks, stop, THREADS_FOR_SMALL if small > len(sources) / 2 else THREADS)
+        for folder in {target.parent for _, target in sources}:
+            sync_folder(folder)
     except BaseException:
         stop.set()
         for one in downloads:
             one.abandon()
         raise
-
-
-def _sync(sources: list[tuple[Source, Path]]) -> list[Task]:
-    """Make the small files survive a power cut, which `_Download` has done for the others, and all their names."""
-    small = [(source, target) for source, target in sources if source.size_bytes < PIECE_BYTES]
-    if len(small) > SYNCED_ONE_BY_ONE:
-        source, target = small[0]
-        with disk_errors(target.parent, source.label):
-            sync_file_system(target.parent)
-    else:
-        for source, target in small:
-            with disk_errors(target.parent, source.label):
-                sync_file(target)
-    for folder in {target.parent for _, target in sources}:
-        sync_folder(folder)
-    return []
 
 
 class _Download:
@@ -185,10 +172,15 @@ class _Download:
         while True:
             written_bytes = 0
             try:
-                for offset, piece in self.source.stream(segment):
-                    self._write(offset, piece)
-                    written_bytes += len(piece)
-                    self._progress(len(piece))
+                with self._open() as descriptor:
+                    for offset, piece in self.source.stream(segment):
+                        self._write(descriptor, offset, piece)
+                        written_bytes += len(piece)
+                        self._progress(len(piece))
+                    if written_bytes >= SMALL_BYTES:
+                        # The disk begins to write it now: less is left for the sync at the end.
+                        start = offset + len(piece) - written_bytes
+                        os.posix_fadvise(descriptor, start, written_bytes, os.POSIX_FADV_DONTNEED)
                 if segment.size_bytes not in (None, written_bytes):
                     raise BrokenTransferError(f"{written_bytes} of {segment.size_bytes} bytes arrived")
             except RestartTransferError:
@@ -199,38 +191,40 @@ class _Download:
                 tries += 1
                 self._wait_or_give_up(tries, error)
             else:
-                if not written_bytes:
-                    self._write(0, b"")  # an empty object is a file too
                 return written_bytes
 
-    def _write(self, offset: int, piece: bytes) -> None:
-        with disk_errors(self.target.parent, self.source.label):
-            descriptor = self._open()
-            try:
-                view = memoryview(piece)
-                while view:
-                    count = os.pwrite(descriptor, view, offset)
-                    view, offset = view[count:], offset + count
-            finally:
-                os.close(descriptor)
-
-    def _open(self) -> int:
-        with self._lock:
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        with disk_errors(self.target.parent, self.source.label), self._lock:
             if self._stop.is_set():
                 raise _AbandonedError
-            if self._created:
-                return os.open(self._temporary, os.O_WRONLY)
-            descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self._created = True
-        if self.source.size_bytes >= PIECE_BYTES:
+            flags = os.O_WRONLY if self._created else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(self._temporary, flags, 0o666)
+            is_new, self._created = not self._created, True
+        try:
+            if is_new and self.source.size_bytes >= SMALL_BYTES:
+                self._reserve(descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _reserve(self, descriptor: int) -> None:
+        with disk_errors(self.target.parent, self.source.label):
             try:
                 # A disk that is too small is found now, not after the last gigabyte.
                 os.posix_fallocate(descriptor, 0, self.source.size_bytes)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without preallocation
-                    os.close(descriptor)
                     raise
-        return descriptor
+
+    def _write(self, descriptor: int, offset: int, piece: bytes) -> None:
+        if self._stop.is_set():
+            raise _AbandonedError
+        with disk_errors(self.target.parent, self.source.label):
+            view = memoryview(piece)
+            while view:
+                count = os.pwrite(descriptor, view, offset)
+                view, offset = view[count:], offset + count
 
     def _finish(self) -> list[Task]:
         if self._restart:
@@ -246,8 +240,7 @@ class _Download:
             self._wait_or_give_up(self._damaged, error)
             return self.tasks()
         with disk_errors(self.target.parent, self.source.label):
-            if self.source.size_bytes >= PIECE_BYTES:
-                sync_file(self._temporary)
+            sync_file(self._temporary)
             self._temporary.replace(self.target)
         return []
 

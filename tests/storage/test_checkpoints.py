@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -88,14 +88,13 @@ def test_an_upload_that_breaks_off_leaves_no_checkpoint_and_no_older_word(
     store: CheckpointStore, commit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = commit(4)
-    place = store.store.put
+    place = store.store.put_all
 
-    def break_off(source: Path, path: str) -> None:
-        if path.endswith("training.json"):
-            raise UnavailableError("the network is down")
-        place(source, path)
+    def break_off(files: Sequence[tuple[Path, str]]) -> None:
+        place([(source, path) for source, path in files if not path.endswith("training.json")])
+        raise UnavailableError("the network is down")
 
-    monkeypatch.setattr(store.store, "put", break_off)
+    monkeypatch.setattr(store.store, "put_all", break_off)
     with pytest.raises(UnavailableError):
         commit(4)
     assert store.names() == []
