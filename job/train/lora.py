@@ -1,8 +1,8 @@
 """What LoRA layers compute, in fewer passes over memory than PEFT takes for it.
 
 Left to itself, PEFT copies the input of every LoRA layer to the adapter's float32, and drops of that; autocast then
-rounds the copy back to what it was copied from. PyTorch's dropout on a CPU draws one random number after the other. And
-the adapter's output is written, scaled and added to the base model's in three passes.
+rounds the copy back to what it was copied from. PyTorch's dropout on a CPU draws one random number after the other, and
+multiplies by what remains. And the adapter's output is written, scaled and added to the base model's in three passes.
 """
 
 from typing import Any
@@ -13,8 +13,9 @@ from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-_VALUES = 2**16  # that a drawn number may have
-_LEAST = -(2**15)
+_VALUES = 2**15  # that a drawn number may have, from _LEAST on
+_LEAST = -(2**14)
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 def lighten_lora(model: nn.Module, *, gathers_by_module: bool = False) -> None:
@@ -46,13 +47,14 @@ class _Added(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def forward(module: Linear, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> torch.Tensor:
         """Return result (..., O) and what the adapter adds to it for x (..., I)."""
-        narrow = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (..., R)
-        second, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
+        dropout, first, second = (part[active_adapter] for part in (module.lora_dropout, module.lora_A, module.lora_B))
+        scaling = module.scaling[active_adapter]
         if not module.training:
-            evaluated: torch.Tensor = result + second(narrow) * scaling
+            evaluated: torch.Tensor = result + second(first(dropout(x))) * scaling
             return evaluated
-        added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), second.weight.t(), alpha=scaling)
-        return added.view_as(result)
+        x, gain = dropout.drop(x) if isinstance(dropout, Dropout) else (dropout(x), 1)
+        narrow = first(x).flatten(0, -2)  # (T, R)
+        return torch.addmm(result.flatten(0, -2), narrow, second.weight.t(), alpha=scaling * gain).view_as(result)
 
 
 class _Numbers:
@@ -70,7 +72,7 @@ class _Numbers:
 
 
 class Dropout(nn.Module):
-    """Dropout with probability `p`, on a CPU to the nearest 1/65,536."""
+    """Dropout with probability `p`, on a CPU to the nearest 1/32,768."""
 
     def __init__(self, p: float, numbers: _Numbers | None = None) -> None:
         super().__init__()
@@ -81,28 +83,38 @@ class Dropout(nn.Module):
         """Return x, of which while training elements are zero, and the others so much larger that the mean stays."""
         if not self.training:
             return x
+        dropped, gain = self.drop(x)
+        return dropped if gain == 1 else dropped * gain
+
+    def drop(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return x with elements that are zero, and by how much that is to be multiplied for the mean to stay."""
         if x.device.type != "cpu":
-            return nn.functional.dropout(x, self.p)
-        dropped_values = min(round(self.p * _VALUES), _VALUES - 1)
-        is_dropped = self._numbers.draw(x.numel()).view(x.shape) < _LEAST + dropped_values
-        dropped: torch.Tensor = _Drop.apply(x, is_dropped, _VALUES / (_VALUES - dropped_values))  # type: ignore[no-untyped-call]
-        return dropped
+            return nn.functional.dropout(x, self.p), 1
+        kept_values = max(_VALUES - round(self.p * _VALUES), 1)
+        numbers = self._numbers.draw(x.numel()).bitwise_right_shift_(1)  # 15 bits, which leaves room for the difference
+        kept = numbers.sub_(_LEAST + kept_values).bitwise_right_shift_(15).view(x.shape)  # all bits of it, or none
+        dropped: torch.Tensor = _Drop.apply(x, kept)  # type: ignore[no-untyped-call]
+        return dropped, _VALUES / kept_values
 
 
 class _Drop(torch.autograd.Function):
-    """What is not dropped of x, times `scale`: a byte of each element is remembered, where PyTorch would have a number.
+    """The elements of x for which `kept` is -1, and zero where it is 0.
 
-    A product with the mask would be a second copy in between.
+    A bitwise and takes a tenth of the time of a product with the mask. A byte of each element is remembered.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, is_dropped: torch.Tensor, scale: float) -> torch.Tensor:
-        ctx.save_for_backward(is_dropped)
-        ctx.scale = scale
-        return (x * scale).masked_fill_(is_dropped, 0)
+    def forward(ctx: Any, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(kept.to(torch.int8))
+        return _keep(x, kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (is_dropped,) = ctx.saved_tensors
-        return (gradient * ctx.scale).masked_fill_(is_dropped, 0), None, None
+        (kept,) = ctx.saved_tensors
+        return _keep(gradient, kept), None
+
+
+def _keep(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    bits = _BITS[x.element_size()]
+    return (x.view(bits) & kept.to(bits)).view(x.dtype)

@@ -150,17 +150,20 @@ def test_an_adapter_that_is_switched_off_adds_nothing() -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(config: dict[str, Any]) -> None:
+def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(0.5, **config)
     lighten_lora(model)
     seen: list[torch.dtype] = []
+    drop = Dropout.drop
 
-    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(inputs[0].dtype)
+    def note(dropout: Dropout, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+        seen.append(x.dtype)
+        return drop(dropout, x)
 
+    monkeypatch.setattr(Dropout, "drop", note)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    for layer in layers:
-        layer.lora_dropout["default"].register_forward_pre_hook(note)
     _, gradients = train_once(model)
     assert seen == [torch.bfloat16] * len(layers)
     assert all(gradient.any() for gradient in gradients)
