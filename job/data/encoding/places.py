@@ -117,7 +117,7 @@ class ByteCounter:
         self._byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
         # The blanks around a token's text are no part of it to some tokenizers; the first of a text may be.
         self._trims, self._spares_first = _find_trimming(backend.post_processor)
-        self._texts: dict[int, bytes] = {}  # of the tokens that have turned up
+        self._texts = np.zeros(0, dtype=np.object_)  # by id, of the tokens that have turned up
         self._sizes = np.zeros(0, dtype=np.int32)  # by id: bytes, 0 where the token hasn't turned up
         self._blanks = np.zeros((0, 2), dtype=np.int32)  # by id: in front and behind
 
@@ -126,17 +126,18 @@ class ByteCounter:
         lengths = [len(row) for row in rows]
         ids = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(lengths))
         sizes = self._measure(ids)
+        pieces = self._texts[ids].tolist()
         ends = np.cumsum(sizes, dtype=np.int64)
         starts = ends - sizes
         # All texts at once, for numpy takes as long for one as for many: `zeros` are their first bytes among all.
         borders = [0, *accumulate(lengths)]
         zeros = np.append(starts, ends[-1:])[borders[:-1]].tolist() if len(ids) else [0] * len(texts)
         is_counted = []
-        for text, row, start, zero in zip(texts, rows, borders, zeros, strict=False):
+        for text, (start, stop), zero in zip(texts, pairwise(borders), zeros, strict=True):
             encoded = text.encode()
-            is_text = b"".join(map(self._texts.__getitem__, row)) == encoded
+            is_text = b"".join(pieces[start:stop]) == encoded
             if is_text and len(encoded) != len(text):
-                _to_characters(encoded, zero, starts[start : start + len(row)], ends[start : start + len(row)])
+                _to_characters(encoded, zero, starts[start:stop], ends[start:stop])
             is_counted.append(is_text and not (self._spares_first and text.startswith(" ")))
         if self._trims:
             leading, trailing = self._blanks[ids].T
@@ -150,6 +151,7 @@ class ByteCounter:
     def _measure(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return how many bytes each token is."""
         if (missing := int(ids.max(initial=-1)) + 1 - len(self._sizes)) > 0:
+            self._texts = np.pad(self._texts, (0, missing))
             self._sizes = np.pad(self._sizes, (0, missing))
             self._blanks = np.pad(self._blanks, ((0, missing), (0, 0)))
         sizes: NDArray[np.int32] = self._sizes[ids]
