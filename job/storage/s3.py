@@ -23,6 +23,7 @@ from job.storage.s3_object import NoSuchKeyError, S3Object
 from job.storage.s3_quick import QuickReader
 from job.storage.transfer import (
     SEGMENT_BYTES,
+    SMALL_BYTES,
     THREADS,
     THREADS_FOR_SMALL,
     TRIES,
@@ -92,21 +93,20 @@ class S3Store:
         self.put_all([(source, path)])
 
     def put_all(self, files: Sequence[tuple[Path, str]]) -> None:
-        """Upload files so: small ones many at a time, and then one above 16 MiB after the other."""
+        """Upload files so: those below 1 MiB many at a time, and then one larger one after the other."""
         small: list[Task] = []
-        big: list[Task] = []
+        large: list[Task] = []
         for source, path in files:
-            size_bytes = source.stat().st_size  # a missing source is the caller's fault, not the store's
-            is_small = size_bytes < SEGMENT_BYTES
-            (small if is_small else big).append(partial(self._upload, source, self._slot_key(path), is_small))
+            is_small = source.stat().st_size < SMALL_BYTES  # a missing source is the caller's fault, not the store's
+            (small if is_small else large).append(partial(self._upload, source, self._slot_key(path), is_small))
         # On other threads, for boto3 lets no signal end an upload before its requests have timed out: 80 s.
         run_tasks(small, threading.Event(), THREADS_FOR_SMALL)
-        for task in big:
+        for task in large:
             run_tasks([task], threading.Event())
 
     def _upload(self, source: Path, key: str, is_small: bool) -> list[Task]:
         with s3_errors(self.label_of(self._uri(key)), self.client):
-            if is_small:  # by one request, for upload_file takes twice the CPU time for it
+            if is_small:  # upload_file takes far more CPU time for it
                 self._put_small(key, source.read_bytes(), {})
             else:
                 self.client.upload_file(

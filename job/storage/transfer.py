@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,8 @@ class _Download:
                     if written_bytes >= SMALL_BYTES:
                         # The disk begins to write it now: less is left for the sync at the end.
                         start = offset + len(piece) - written_bytes
-                        os.posix_fadvise(descriptor, start, written_bytes, os.POSIX_FADV_DONTNEED)
+                        with suppress(OSError):  # a hint, which not every file system takes
+                            os.posix_fadvise(descriptor, start, written_bytes, os.POSIX_FADV_DONTNEED)
                 if segment.size_bytes not in (None, written_bytes):
                     raise BrokenTransferError(f"{written_bytes} of {segment.size_bytes} bytes arrived")
             except RestartTransferError:
