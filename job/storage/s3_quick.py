@@ -19,6 +19,7 @@ from job.storage.transfer import THREADS_FOR_SMALL
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
+_NOT_THIS_OBJECT = (404, 412)  # the others may still be had
 _FAILURES = (boto.BotoCoreError, boto.ClientError, HTTPError, OSError)
 
 
@@ -52,8 +53,9 @@ class QuickReader:
             response = self._http.send(request.prepare())
         except _FAILURES:
             return None
-        if response.status_code in (400, 401, 403):
-            self._is_refused = True
         content: bytes = response.content
-        is_whole = response.status_code == 200 and hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
+        status = response.status_code
+        if 300 <= status < 500 and status not in _NOT_THIS_OBJECT:
+            self._is_refused = True
+        is_whole = status == 200 and hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
         return content if is_whole else None
