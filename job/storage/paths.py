@@ -145,19 +145,13 @@ def _open_new(path: Path) -> BinaryIO:
 
 def sync_folder(folder: Path) -> None:
     """Make names in a folder survive a power cut, unless another job has removed it with the last of them."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):
+        sync(folder)
 
 
-def sync_file(path: Path) -> None:
-    """Make a file's content survive a power cut."""
-    descriptor = os.open(path, os.O_WRONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -111,7 +111,7 @@ def open_client(label: str) -> tuple["S3Client", botocore.session.Session]:
             client.close()
             client = session.client("s3", region_name=region, config=_config(style))
         client.meta.events.register("needs-retry.s3", _retry_damaged_upload)
-        client.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
+        client.meta.events.register_last("before-call.s3", _send_at_once)  # not .PutObject, which comes before
         endpoint_of(client)  # a port that is no number shows here
     return client, core
 
@@ -126,8 +126,9 @@ def _retry_damaged_upload(response: tuple[Any, dict[str, Any]] | None, attempts:
 
 def _send_at_once(params: dict[str, Any], **_: object) -> None:
     # Whether the server wants a small body is asked in as much time as it is sent in.
-    if (determine_content_length(params["body"]) or 0) <= _SENT_AT_ONCE_BYTES:
-        params["headers"].pop("Expect", None)
+    size_bytes = determine_content_length(params["body"]) if "Expect" in params["headers"] else None
+    if size_bytes is not None and size_bytes <= _SENT_AT_ONCE_BYTES:
+        del params["headers"]["Expect"]
 
 
 @cache

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from job.errors import DamagedError, UnavailableError
 from job.storage import Progress
-from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync_file, sync_folder
+from job.storage.paths import TEMPORARY_PREFIX, disk_errors, sync, sync_folder
 
 THREADS = 8
 THREADS_FOR_SMALL = 32  # which wait for the network most of the time
@@ -241,7 +241,7 @@ class _Download:
             self._wait_or_give_up(self._damaged, error)
             return self.tasks()
         with disk_errors(self.target.parent, self.source.label):
-            sync_file(self._temporary)
+            sync(self._temporary)
             self._temporary.replace(self.target)
         return []
 

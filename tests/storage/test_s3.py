@@ -449,14 +449,26 @@ class TestSlot:
         assert opened.read("sub/manifest.json") is None
 
     def test_many_at_once(self, bucket: str, tmp_path: Path) -> None:
-        files = [(tmp_path / f"{number}", f"sub/{number}") for number in range(20)]
-        for number, (path, _) in enumerate(files):
-            path.write_bytes(b"x" * (17 * MIB if number == 3 else number))
+        sizes = {"large": 17 * MIB, "middle": 2 * MIB, **{f"small-{number}": number for number in range(40)}}
+        contents = {f"sub/{name}": os.urandom(size) for name, size in sizes.items()}
+        (tmp_path / "from/sub").mkdir(parents=True)
+        for path, content in contents.items():
+            (tmp_path / "from" / path).write_bytes(content)
         opened = store(f"s3://{bucket}/runs/1")
-        opened.put_all(files)
-        assert {file.path: file.size_bytes for file in opened.find()} == {
-            path: source.stat().st_size for source, path in files
-        }
+        opened.put_all([(tmp_path / "from" / path, path) for path in contents])
+        fetched = opened.fetch(opened.find(), tmp_path / "into", Count())
+        assert {path.relative_to(tmp_path / "into").as_posix(): path.read_bytes() for path in fetched} == contents
+
+    def test_a_small_body_is_sent_without_asking_first(self, bucket: str, tmp_path: Path) -> None:
+        opened = store(f"s3://{bucket}")
+        asks: list[bool] = []
+        opened.client.meta.events.register(
+            "before-send.s3.PutObject", lambda request, **_: asks.append("Expect" in request.headers)
+        )
+        for size in (1_000, 300_000):
+            (tmp_path / "a").write_bytes(bytes(size))
+            opened.put(tmp_path / "a", "a")
+        assert asks == [False, True]
 
     def test_empty_file(self, bucket: str, tmp_path: Path) -> None:
         (tmp_path / "empty").touch()

@@ -121,6 +121,16 @@ def test_without_dropout_loss_and_gradients_are_those_of_peft(config: dict[str, 
     assert distance(gradients, expected) < 1e-5
 
 
+def test_with_dropout_they_are_those_of_its_factor_in_a_pass_of_its_own() -> None:
+    by_module, lightened = (make_model(0.5, dtype=torch.float32) for _ in range(2))
+    lighten_lora(by_module, gathers_by_module=True)
+    lighten_lora(lightened)
+    expected_loss, expected = train_once(by_module)  # seeded, so that the same elements are dropped
+    loss, gradients = train_once(lightened)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert distance(gradients, expected) < 1e-5
+
+
 def test_in_16_bits_they_are_as_exact_as_those_of_peft() -> None:
     exact, as_it_comes, lightened = make_model(0.0, dtype=torch.float32), make_model(0.0), make_model(0.0)
     lighten_lora(lightened)
