@@ -233,23 +233,38 @@ train() {
   end_as_it_ended "$release"
 }
 
-leave() { # however the script ends
+leave() { # however the work ends
   stop_following
   # A preflight is nothing that anybody comes back to; a run that goes on is, unless somebody stopped this script.
   if [ -n "$installed" ] && { $is_told_to_stop || [ "$installed" != "$release" ]; }; then uninstall "$installed"; fi
   [ -z "$resume_commands" ] || printf '::%s::\n' "$resume_commands"
 }
 
+work() { # as a process of its own, which only SIGTERM stops
+  installed='' is_told_to_stop=false follower='' resume_commands=''
+  trap leave EXIT
+  trap 'is_told_to_stop=true; exit 143' TERM
+  if [ -n "${GITHUB_ACTIONS:-}" ]; then # the log shows rows of the data: none may be taken for a command to the runner
+    resume_commands=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+    printf '::stop-commands::%s\n' "$resume_commands"
+  fi
+  helm lint --strict --quiet "$here/sft-job" --values "$values" "${helm_arguments[@]}" || die "helm refuses $values" 78
+  preflight
+  train
+}
+
+stop() { # CODE
+  trap '' INT TERM
+  kill "${!:-}" 2>/dev/null || true # there is nothing to stop yet, or no more
+  wait || true
+  exit "$1"
+}
+
 read_arguments "$@"
 start_s=$((${TRAIN_START_MINUTES:-60} * 60))
-installed='' is_told_to_stop=false follower='' resume_commands=''
-trap leave EXIT
-trap 'is_told_to_stop=true; exit 130' INT
-trap 'is_told_to_stop=true; exit 143' TERM
-if [ -n "${GITHUB_ACTIONS:-}" ]; then # the log shows rows of the data: none may be taken for a command to the runner
-  resume_commands=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-  printf '::stop-commands::%s\n' "$resume_commands"
-fi
-helm lint --strict --quiet "$here/sft-job" --values "$values" "${helm_arguments[@]}" || die "helm refuses $values" 78
-preflight
-train
+# A shell can lose a SIGINT that comes while one of its commands runs, for it leaves that to the command. It loses none
+# while it only waits, and no SIGTERM: so one process does the work, and this one waits.
+trap 'stop 130' INT
+trap 'stop 143' TERM
+work <&0 &
+wait $!

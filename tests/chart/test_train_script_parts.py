@@ -255,10 +255,10 @@ def test_told_to_stop_it_uninstalls_so_that_the_job_saves_its_checkpoint(
             time.sleep(0.05)
         process.send_signal(number)
         try:
-            process.communicate(timeout=30)
+            _, said = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == code
+    assert process.returncode == code, said
     assert cluster.helm_calls()[-1] == "uninstall demo"
 
 
