@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 from job.choices import setting_source
 from job.data import (
     AppliedTemplate,
+    Encoders,
     Integers,
     Piece,
     RowOptions,
@@ -92,22 +94,14 @@ def prepare_dataset(
     """
     configuration = _read_configuration(settings.model.id, model_folder)
     stored_quantization = find_stored_quantization(settings.model.id, configuration)
-    tokenizer = load_tokenizer(model_folder)
-    template = None if inputs.chat_template is None else apply_template(tokenizer, inputs.chat_template)
-    options = row_options(settings.data)
-
-    def tokenize(files: Sequence[InputFile], setting: str) -> TokenizedData:
-        sources = [SourceFile(file.path, file.uri, file.sha256) for file in files]
-        with transfer_progress("tokenizing", sum(file.size_bytes for file in files)) as progress:
-            report = _add_up_to(progress)
-            data = tokenize_files(
-                sources, tokenizer, options, folder=folder / setting, processes=processes, report=report
-            )
-        refuse_bad_rows(data, settings.data, f"SFT_DATA__{setting}", keep_bad_rows)
-        return data
-
-    train = tokenize(inputs.train, "URI")
-    evaluation = tokenize(inputs.evaluation, "EVAL_URI") if inputs.evaluation else None
+    with Encoders(processes) as encoders:
+        if not folder.exists():  # else it is all tokenised, most likely
+            encoders.start(inputs.size_bytes)
+        tokenizer = load_tokenizer(model_folder)
+        template = None if inputs.chat_template is None else apply_template(tokenizer, inputs.chat_template)
+        tokenize = partial(_tokenize, settings.data, tokenizer, encoders, folder, keep_bad_rows)
+        train = tokenize(inputs.train, "URI")
+        evaluation = tokenize(inputs.evaluation, "EVAL_URI") if inputs.evaluation else None
     context_tokens = read_context_tokens(configuration)
     max_length, source = _max_length(settings.data, train, context_tokens)
     chosen = _choose(settings, inputs, train, evaluation, max_length)
@@ -142,6 +136,26 @@ def prepare_dataset(
     files = _describe_files(inputs.train, train)
     files += _describe_files(inputs.evaluation, evaluation) if evaluation is not None else []
     return Dataset(tokenizer, template, train, evaluation, chosen.train, chosen.held_out, samples, facts, xray, files)
+
+
+def _tokenize(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    encoders: Encoders,
+    folder: Path,
+    keep_bad_rows: Callable[[Path], str],
+    files: Sequence[InputFile],
+    setting: str,
+) -> TokenizedData:
+    """Tokenise the files that SFT_DATA__`setting` names."""
+    sources = [SourceFile(file.path, file.uri, file.sha256) for file in files]
+    with transfer_progress("tokenizing", sum(file.size_bytes for file in files)) as progress:
+        report = _add_up_to(progress)
+        data = tokenize_files(
+            sources, tokenizer, row_options(settings), folder=folder / setting, encoders=encoders, report=report
+        )
+    refuse_bad_rows(data, settings, f"SFT_DATA__{setting}", keep_bad_rows)
+    return data
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from job.data.encoding.chat_template import (
 )
 from job.data.encoding.render import find_template
 from job.data.encoding.tokens import NOT_SUPERVISED, load_tokenizer
+from job.data.pool import Encoders
 from job.data.prepare import TokenizedData, tokenize_files
 from job.data.reading.files import SourceFile, is_readable
 from job.data.shaping.shapes import LossOn, RowFormat, RowOptions, Shape, check_options
@@ -39,6 +40,7 @@ __all__ = [
     "SHIPPED_NAMES",
     "AppliedTemplate",
     "ChatTemplate",
+    "Encoders",
     "Integers",
     "Lengths",
     "LossOn",

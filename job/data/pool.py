@@ -1,7 +1,8 @@
 """Chunks encoded by several processes, the results in order: with one process or with many, they are the same.
 
-Each worker is a fresh process that holds the tokenizer and does one task at a time. Workers don't see SIGINT and
-SIGTERM, which are the parent's business; none outlives the parent, and none is left when the results end, however.
+Each worker is a fresh process that holds the tokenizer and does one task at a time. It can be started before there is
+a tokenizer, and imports meanwhile what it will need. Workers don't see SIGINT and SIGTERM, which are the parent's
+business; none outlives the parent, and none is left when the pool is closed, or when results end before the last.
 """
 
 import gc
@@ -18,31 +19,66 @@ from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, NamedTuple
 
 from job.data.encode_chunk import ChunkEncoder, EncodedChunk, Task
-from job.data.encoding.tokens import keep_torch_out
+from job.data.encoding.tokens import warm_up
 from job.errors import InternalError, JobError, ResourcesError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A worker takes a second or two to start: for less than this, another one is not worth it.
+WORKER_MIN_BYTES = 2 << 20
 # A slow chunk holds up the results after it: this many chunks a worker may wait for it, in memory.
 _CHUNKS_AHEAD = 2
 
 
-def encode_in_order(
-    tasks: Iterator[Task], tokenizer: "PreTrainedTokenizerBase", processes: int
-) -> Generator[EncodedChunk, None, None]:
-    """Encode tasks here, if `processes` is 1, else in as many other processes; close it to end them early.
+class Encoders:
+    """At most so many processes, started when they are first needed or asked for; a context that ends them."""
 
-    Raises the first task's error, ResourcesError for a worker that was killed, InternalError for one that crashed.
-    """
-    if processes == 1:
-        yield from map(ChunkEncoder(tokenizer), tasks)
-        return
-    with _start_workers(processes) as workers:
-        pickled = ForkingPickler.dumps(tokenizer)
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._workers: list[_Worker] | None = None
+
+    def __enter__(self) -> "Encoders":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, size_bytes: int) -> None:
+        """Start what so many bytes are worth, and don't wait for it; those that have been started stay."""
+        if self._workers is None:
+            count = min(self._processes, size_bytes // WORKER_MIN_BYTES)
+            self._workers = []
+            if count > 1:
+                _start_workers(count, self._workers)
+
+    def encode(
+        self, tasks: Iterator[Task], tokenizer: "PreTrainedTokenizerBase"
+    ) -> Generator[EncodedChunk, None, None]:
+        """Encode tasks in those processes, or here if there are none; close it to end them early.
+
+        Raises the first task's error, ResourcesError for a worker that was killed, InternalError for one that crashed.
+        """
+        if not self._workers:
+            yield from map(ChunkEncoder(tokenizer), tasks)
+            return
+        try:
+            pickled = ForkingPickler.dumps(tokenizer)
+            for worker in self._workers:
+                worker.send_bytes(pickled)
+            yield from _share_out(tasks, self._workers)
+        except BaseException:
+            self.close()  # some are amid a task that nobody waits for
+            raise
+
+    def close(self) -> None:
+        """End all processes, whatever they do."""
+        workers, self._workers = self._workers or [], None
         for worker in workers:
-            worker.send_bytes(pickled)
-        yield from _share_out(tasks, workers)
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()
+            worker.connection.close()
 
 
 def _share_out(tasks: Iterator[Task], workers: "list[_Worker]") -> Iterator[EncodedChunk]:
@@ -102,25 +138,16 @@ def _out_of_memory(message: str) -> ResourcesError:
     return ResourcesError(message, hint="give the job more memory or fewer cores, or break up very long rows")
 
 
-@contextmanager
-def _start_workers(count: int) -> Iterator[list[_Worker]]:
+def _start_workers(count: int, workers: list[_Worker]) -> None:
+    """Start so many workers, and add each to the list, which the caller ends, come what may."""
     context = get_context("spawn")  # a forked process would inherit locks that other threads hold
-    workers: list[_Worker] = []
-    try:
-        with _signals_held_back():
-            for _ in range(count):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs,), daemon=True)
-                process.start()
-                theirs.close()
-                workers.append(_Worker(process, ours))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.process.kill()
-        for worker in workers:
-            worker.process.join()
-            worker.connection.close()
+    with _signals_held_back():
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            workers.append(_Worker(process, ours))
 
 
 @contextmanager
@@ -141,19 +168,23 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _serve(connection: "Connection") -> None:
-    """Receive the tokenizer, then one task after the other, and send back each one's result."""
+    """Receive tokenizers and tasks, and send back each task's result by the tokenizer before it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    keep_torch_out()
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # every core has a worker: threads would only get in their way
+    warm_up()
+    encode: ChunkEncoder | None = None
     with suppress(EOFError, OSError):  # the parent is gone, perhaps in the middle of a message
-        encode = ChunkEncoder(connection.recv())
-        # A row makes hundreds of objects, of which hardly any are in cycles. Collecting those once a chunk, and never
-        # what was there before the first, takes a tenth off the whole.
-        gc.freeze()
-        gc.disable()
         while True:
-            connection.send(_attempt(encode, connection.recv()))
-            gc.collect()
+            received = connection.recv()
+            if encode is not None and isinstance(received, Task):
+                connection.send(_attempt(encode, received))
+                gc.collect()
+                continue
+            encode = ChunkEncoder(received)
+            # A row makes hundreds of objects, of which hardly any are in cycles. Collecting those once a chunk, and
+            # never what was there before the first, takes a tenth off the whole.
+            gc.freeze()
+            gc.disable()
 
 
 def _attempt(encode: ChunkEncoder, task: Task) -> EncodedChunk | JobError:

@@ -17,7 +17,7 @@ from job.data.bad_rows import BadRows
 from job.data.cache import BAD_ROWS, TOKENS, load_entry, make_key, new_entry, save_facts
 from job.data.encode_chunk import EncodedChunk, Task
 from job.data.encoding.tokens import NOT_SUPERVISED
-from job.data.pool import encode_in_order
+from job.data.pool import Encoders
 from job.data.reading.files import Row, SourceFile, read_chunks
 from job.data.reading.rows import Chunk
 from job.data.shaping.shapes import RowFormat, RowOptions, find_format
@@ -33,8 +33,6 @@ __all__ = ["TokenizedData", "tokenize_files"]
 # What of a file is looked at to find its format.
 FORMAT_ROWS = 100
 FORMAT_CHUNKS = 4
-# A worker takes a second or two to start: for less than this, another one is not worth it.
-WORKER_MIN_BYTES = 2 << 20
 SHOWN_NAMES = 20
 
 Report = Callable[[int, int], None]
@@ -46,7 +44,7 @@ def tokenize_files(
     options: RowOptions,
     *,
     folder: Path,
-    processes: int,
+    encoders: Encoders,
     report: Report,
 ) -> TokenizedData:
     """Tokenise every row of `files` into an Arrow file in `folder`, or find there what was made of the same before.
@@ -56,21 +54,20 @@ def tokenize_files(
 
     Raises DataError when a file can't be read, its columns are unknown, the chat template does not fit, or there is no
     row at all; ConfigError when the options do not fit the files; ResourcesError when one of the
-    `processes` runs out of memory; OSError when the disk is full.
+    `encoders` runs out of memory; OSError when the disk is full.
     """
     key = make_key(files, tokenizer, options)
     entry = folder / key
     if (known := load_entry(entry)) is not None:
         logger.info("tokenized before: reusing %s", entry)
         return known
-    size_bytes = sum(file.path.stat().st_size for file in files)
-    processes = max(1, min(processes, size_bytes // WORKER_MIN_BYTES))
+    encoders.start(sum(file.path.stat().st_size for file in files))
     formats: list[RowFormat | None] = []
     statistics = Statistics()
     with new_entry(entry) as unfinished:
         tasks = _make_tasks(files, options, formats)
         with (
-            closing(encode_in_order(tasks, tokenizer, processes)) as chunks,
+            closing(encoders.encode(tasks, tokenizer)) as chunks,
             BadRows(unfinished / BAD_ROWS) as bad,
             _open_writer(unfinished / TOKENS) as writer,
         ):

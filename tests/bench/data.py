@@ -27,7 +27,7 @@ from base_model import get_tiny_model
 from job_cli import job_environment, start_job
 from seaweed import SeaweedFS
 
-from job.data import RowOptions, SourceFile, load_tokenizer, tokenize_files
+from job.data import Encoders, RowOptions, SourceFile, load_tokenizer, tokenize_files
 
 BUCKET = "bench"
 ROUNDS = 3
@@ -192,14 +192,15 @@ def compare_speed(sample_mb: int, scratch: Path) -> None:
 
 def _time_job(source: Path, tokenizer: Any, folder: Path) -> tuple[float, int]:
     began_s = time.monotonic()
-    data = tokenize_files(
-        [SourceFile(source, source.name, "")],
-        tokenizer,
-        RowOptions(),
-        folder=folder,
-        processes=psutil.cpu_count() or 1,
-        report=lambda rows, size_bytes: None,
-    )
+    with Encoders(psutil.cpu_count() or 1) as encoders:
+        data = tokenize_files(
+            [SourceFile(source, source.name, "")],
+            tokenizer,
+            RowOptions(),
+            folder=folder,
+            encoders=encoders,
+            report=lambda rows, size_bytes: None,
+        )
     seconds = time.monotonic() - began_s
     shutil.rmtree(folder)
     return seconds, int(data.lengths_tokens.sum())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job.data import RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
+from job.data import Encoders, RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
 from job.data import cache as cache_module
 from job.data import prepare as prepare_module
 
@@ -41,7 +41,7 @@ class Prepare:
     def __call__(self, files: list[SourceFile], tokenizer: Any, options: RowOptions | None = None) -> TokenizedData:
         self.tokenized = False
         return tokenize_files(
-            files, tokenizer, options or RowOptions(), folder=self.folder, processes=1, report=self._note
+            files, tokenizer, options or RowOptions(), folder=self.folder, encoders=Encoders(1), report=self._note
         )
 
     def entries(self) -> list[Path]:

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from job.data import RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
-from job.data import prepare as prepare_module
+from job.data import Encoders, RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
+from job.data import pool as pool_module
 from job.data.reading import rows as rows_module
 from job.errors import ERROR_BY_CODE, DataError, JobError, ResourcesError
 
@@ -28,7 +28,7 @@ def tokenizer(tokenizer_folder: Path) -> Any:
 
 @pytest.fixture(autouse=True)
 def _always_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "WORKER_MIN_BYTES", 1)
+    monkeypatch.setattr(pool_module, "WORKER_MIN_BYTES", 1)
 
 
 @pytest.fixture
@@ -58,14 +58,15 @@ def make_rows(count: int) -> list[Any]:
 
 
 def prepare(files: list[SourceFile], tokenizer: Any, folder: Path, processes: int, report: Any = None) -> TokenizedData:
-    return tokenize_files(
-        files,
-        tokenizer,
-        RowOptions(),
-        folder=folder,
-        processes=processes,
-        report=report or (lambda rows, size_bytes: None),
-    )
+    with Encoders(processes) as encoders:
+        return tokenize_files(
+            files,
+            tokenizer,
+            RowOptions(),
+            folder=folder,
+            encoders=encoders,
+            report=report or (lambda rows, size_bytes: None),
+        )
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -87,6 +88,27 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, tokenizer: Any)
             assert np.array_equal(value, other), name
         elif not isinstance(value, Path):
             assert value == other, name
+    assert workers_of(psutil.Process()) == []
+
+
+def test_workers_are_started_early_and_kept_for_the_next_data_set(tmp_path: Path, tokenizer: Any) -> None:
+    first = write_rows(tmp_path / "first.jsonl", make_rows(300))
+    second = write_rows(tmp_path / "second.jsonl", make_rows(200)[::-1])
+    with Encoders(2) as encoders:
+        encoders.start(first.path.stat().st_size)
+        started = workers_of(psutil.Process())
+        assert len(started) == 2
+        results = []
+        for number, file in enumerate((first, second)):
+            tokenizer.chat_template = f"{{{{- '' }}}}{number}" + tokenizer.chat_template
+            alone = prepare([file], tokenizer, tmp_path / f"alone-{number}", 1)
+            folder = tmp_path / f"shared-{number}"
+            data = tokenize_files(
+                [file], tokenizer, RowOptions(), folder=folder, encoders=encoders, report=lambda *_: None
+            )
+            assert workers_of(psutil.Process()) == started
+            results.append((alone.path.read_bytes(), data.path.read_bytes()))
+    assert all(alone == shared for alone, shared in results)
     assert workers_of(psutil.Process()) == []
 
 
@@ -156,19 +178,20 @@ SCRIPT = """
 import signal
 import sys
 from pathlib import Path
-from job.data import RowOptions, SourceFile, load_tokenizer, tokenize_files
+from job.data import Encoders, RowOptions, SourceFile, load_tokenizer, tokenize_files
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     rows, tokenizer, folder = map(Path, sys.argv[1:])
-    tokenize_files(
-        [SourceFile(rows, rows.name, "")],
-        load_tokenizer(tokenizer),
-        RowOptions(),
-        folder=folder,
-        processes=2,
-        report=lambda rows, size_bytes: print(rows, flush=True),
-    )
+    with Encoders(2) as encoders:
+        tokenize_files(
+            [SourceFile(rows, rows.name, "")],
+            load_tokenizer(tokenizer),
+            RowOptions(),
+            folder=folder,
+            encoders=encoders,
+            report=lambda rows, size_bytes: print(rows, flush=True),
+        )
 """
 
 
@@ -222,19 +245,20 @@ MEMORY_SCRIPT = """
 import resource
 import sys
 from pathlib import Path
-from job.data import RowOptions, SourceFile, load_tokenizer, tokenize_files
+from job.data import Encoders, RowOptions, SourceFile, load_tokenizer, tokenize_files
 
 if __name__ == "__main__":
     tokenizer = load_tokenizer(Path(sys.argv[1]))
     for rows in map(Path, sys.argv[2:]):
-        data = tokenize_files(
-            [SourceFile(rows, rows.name, rows.name)],
-            tokenizer,
-            RowOptions(),
-            folder=rows.with_suffix(".out"),
-            processes=2,
-            report=lambda rows, size_bytes: None,
-        )
+        with Encoders(2) as encoders:
+            data = tokenize_files(
+                [SourceFile(rows, rows.name, rows.name)],
+                tokenizer,
+                RowOptions(),
+                folder=rows.with_suffix(".out"),
+                encoders=encoders,
+                report=lambda rows, size_bytes: None,
+            )
         print(data.rows_read, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

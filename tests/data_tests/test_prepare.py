@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from job.data import RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
+from job.data import Encoders, RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
 from job.data.encode_chunk import digest_ids
 from job.data.shaping.shapes import LossOn, PlainExample
 from job.errors import ConfigError, DataError
@@ -40,9 +40,10 @@ def prepare(
         if reports is not None:
             reports.append((rows, size_bytes))
 
-    return tokenize_files(
-        files, tokenizer, RowOptions(loss_on), folder=folder / "out", processes=processes, report=report
-    )
+    with Encoders(processes) as encoders:
+        return tokenize_files(
+            files, tokenizer, RowOptions(loss_on), folder=folder / "out", encoders=encoders, report=report
+        )
 
 
 def read_table(data: TokenizedData) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job.data import RowFormat, RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
+from job.data import Encoders, RowFormat, RowOptions, SourceFile, TokenizedData, load_tokenizer, tokenize_files
 from job.errors import ConfigError, DataError, NotFoundError
 from job.manifest import hash_file
 from job.prompts import GivenPrompt, choose_samples, fetch_prompts
@@ -37,7 +37,8 @@ def tokenize(tokenizer: Any, tmp_path: Path) -> Callable[[list[dict[str, Any]]],
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = SourceFile(path, path.name, hash_file(path))
         folder = tmp_path / "tokens"
-        return tokenize_files([source], tokenizer, RowOptions(), folder=folder, processes=1, report=lambda *_: None)
+        options, encoders = RowOptions(), Encoders(1)
+        return tokenize_files([source], tokenizer, options, folder=folder, encoders=encoders, report=lambda *_: None)
 
     return make
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from job.data import RowOptions, SourceFile, load_tokenizer, tokenize_files
+from job.data import Encoders, RowOptions, SourceFile, load_tokenizer, tokenize_files
 from job.errors import InternalError
 from job.train.dataset import IGNORED, PadRows, Row, StreamSampler, TokenRows, join_rows
 
@@ -170,7 +170,7 @@ def test_rows_that_the_parent_tokenised(tmp_path: Path, tokenizer_folder: Path) 
         tokenizer,
         RowOptions(),
         folder=tmp_path / "tokens",
-        processes=1,
+        encoders=Encoders(1),
         report=lambda rows, size_bytes: None,
     )
     rows = TokenRows(data.path, np.column_stack([np.arange(5), np.zeros(5, np.int64), data.lengths_tokens]))

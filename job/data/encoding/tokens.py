@@ -31,6 +31,7 @@ __all__ = [
     "find_closing_tokens",
     "keep_torch_out",
     "load_tokenizer",
+    "warm_up",
 ]
 
 
@@ -51,6 +52,15 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     if not tokenizer.is_fast:
         raise _no_tokenizer(folder, "it has only a slow tokenizer, which can't tell where its tokens stand in a text")
     return tokenizer
+
+
+def warm_up() -> None:
+    """Import now what tokenising will import."""
+    keep_torch_out()
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import chat_template_utils
+
+    del PreTrainedTokenizerFast, chat_template_utils
 
 
 def _check_folder(folder: Path) -> Path:
