@@ -12,6 +12,8 @@ import psutil
 from job.cgroup import read_cpu_quota, read_memory_limit_bytes
 from job.errors import ConfigError
 
+_BF16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}  # by the CPU's flag, the faster first
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -29,7 +31,7 @@ class Hardware:
     gpus: tuple[Gpu, ...]
     cpu_name: str
     cpu_cores: int
-    cpu_has_bf16_matrix_units: bool
+    cpu_bf16: str | None  # what multiplies bfloat16 faster than float32; None: nothing does
     memory_bytes: int
 
 
@@ -40,7 +42,7 @@ def find_hardware() -> Hardware:
         gpus=tuple(_find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))),
         cpu_name=cpu_name,
         cpu_cores=_count_cores(read_cpu_quota()),
-        cpu_has_bf16_matrix_units="amx_bf16" in cpu_flags,
+        cpu_bf16=_find_bf16_units(cpu_flags),
         memory_bytes=_count_memory_bytes(read_memory_limit_bytes()),
     )
 
@@ -108,6 +110,10 @@ def _read_cpuinfo(path: Path) -> tuple[str, set[str]]:
         elif key.strip() == "flags":
             flags = set(value.split())
     return name, flags
+
+
+def _find_bf16_units(flags: set[str]) -> str | None:
+    return next((name for flag, name in _BF16_UNITS.items() if flag in flags), None)
 
 
 def _count_cores(quota: float | None) -> int:

@@ -211,7 +211,7 @@ def main() -> None:
         corpus = LIBRARIES / "chatterbot_corpus" / "data"
         limit = MAX_LENGTH_TOKENS // 2
         rows = write_rows(corpus, model, folder, train_rows=train_rows, held_out_rows=HELD_OUT_ROWS, limit=limit)
-        dtype = "bfloat16" if hardware.cpu_has_bf16_matrix_units else "float32"
+        dtype = "float32" if hardware.cpu_bf16 is None else "bfloat16"
         task = plan_task(rows, model, folder, batch=options.batch, padded_steps=options.padded_steps, dtype=dtype)
         found = [run_round(task, number, hardware) for number in range(rounds)]
     report = write_report(found, rows, task, hardware)

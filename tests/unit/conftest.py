@@ -124,11 +124,11 @@ def machine() -> Callable[..., Hardware]:
         capability: tuple[int, int] = (9, 0),
         gpu_gib: float = 80,
         cores: int = 8,
-        amx: bool = False,
+        bf16: str | None = None,
         host_gib: float = 64,
     ) -> Hardware:
         gpu = Gpu(name="Test GPU", memory_bytes=int(gpu_gib * 2**30), compute_capability=capability)
-        return Hardware((gpu,) * gpus, "Test CPU", cores, amx, int(host_gib * 2**30))
+        return Hardware((gpu,) * gpus, "Test CPU", cores, bf16, int(host_gib * 2**30))
 
     return make
 

@@ -18,7 +18,7 @@ from training_rows import Rows
 
 from job.hardware import Hardware
 
-HARDWARE = Hardware((), "a CPU", 2, True, 2**34)
+HARDWARE = Hardware((), "a CPU", 2, "AMX", 2**34)
 ROWS = Rows(Path("train/train.jsonl"), Path("held_out.jsonl"), [30, 40, 50, 40])
 STEPS = """
 import torch

@@ -152,7 +152,7 @@ def test_weights_that_are_stored_quantised_are_not_split(plan_for: PlanFor, stor
 
 
 def test_a_cpu_in_bfloat16_is_not_left_to_deepspeed(plan_for: PlanFor) -> None:
-    short = {"host_gib": 8, "amx": True}
+    short = {"host_gib": 8, "bf16": "AMX"}
     shape = read_model_shape(LLAMA_8B, 2 * LLAMA_8B_PARAMETERS)
     assert plan_for(short, {"shape": shape}, PARALLEL__PROCESSES=2).engine == "ddp"
     split = plan_for(short, {"shape": shape}, PARALLEL__PROCESSES=2, MODEL__DTYPE="float32")

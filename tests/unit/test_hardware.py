@@ -63,3 +63,15 @@ def test_cpu_name_and_flags(tmp_path: Path) -> None:
     path.write_text("processor\t: 0\nmodel name\t: Xeon: the third\nflags\t\t: fpu amx_bf16 avx\n\nprocessor\t: 1\n")
     assert hardware._read_cpuinfo(path) == ("Xeon: the third", {"fpu", "amx_bf16", "avx"})
     assert hardware._read_cpuinfo(tmp_path / "none") == ("unknown", set())
+
+
+@pytest.mark.parametrize(
+    ("flags", "units"),
+    [
+        ({"avx512f", "avx512_bf16"}, "AVX-512 BF16"),
+        ({"avx512_bf16", "amx_bf16"}, "AMX"),
+        ({"avx512f", "amx_tile"}, None),
+    ],
+)
+def test_what_multiplies_bfloat16(flags: set[str], units: str | None) -> None:
+    assert hardware._find_bf16_units(flags) == units

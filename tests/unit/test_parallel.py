@@ -48,7 +48,7 @@ def test_arithmetic_that_cannot_work_out(
         ({"gpus": 1, "capability": (8, 0)}, "bfloat16"),
         ({"gpus": 2, "capability": (10, 0)}, "bfloat16"),
         ({}, "float32"),
-        ({"amx": True}, "bfloat16"),
+        ({"bf16": "AVX-512 BF16"}, "bfloat16"),
     ],
 )
 def test_precision_by_hardware(hardware: dict[str, object], dtype: str, plan_for: PlanFor) -> None:
@@ -59,13 +59,13 @@ def test_precision_by_hardware(hardware: dict[str, object], dtype: str, plan_for
 
 
 def test_deepspeed_on_a_cpu_trains_in_float32(load: Load, machine: Machine) -> None:
-    assert plan_parallel(load(PARALLEL__ENGINE="zero3"), machine(amx=True)).dtype == "float32"
-    assert plan_parallel(load(PARALLEL__ENGINE="ddp"), machine(amx=True)).dtype == "bfloat16"
+    assert plan_parallel(load(PARALLEL__ENGINE="zero3"), machine(bf16="AMX")).dtype == "float32"
+    assert plan_parallel(load(PARALLEL__ENGINE="ddp"), machine(bf16="AMX")).dtype == "bfloat16"
 
 
 def test_one_old_gpu_among_new_ones_decides(load: Load, machine: Machine) -> None:
     old, new = machine(gpus=1, capability=(7, 5)), machine(gpus=1, capability=(9, 0))
-    mixed = Hardware(new.gpus + old.gpus, "CPU", 8, False, 2**30)
+    mixed = Hardware(new.gpus + old.gpus, "CPU", 8, None, 2**30)
     assert plan_parallel(load(), mixed).dtype == "float16"
 
 

@@ -201,7 +201,7 @@ def test_a_patience_that_outlasts_the_run_is_warned_of(plan_for: PlanFor) -> Non
 def test_what_the_machine_lacks_is_warned_of_in_the_plan(plan_for: PlanFor) -> None:
     plan = plan_for({"cores": 2}, PARALLEL__PROCESSES=4, MODEL__DTYPE="bfloat16")
     assert plan.warnings[0] == "SFT_PARALLEL__PROCESSES=4: only 2 CPU cores are here"
-    assert plan.warnings[1].startswith("SFT_MODEL__DTYPE=bfloat16: this CPU has no AMX")
+    assert plan.warnings[1].startswith("SFT_MODEL__DTYPE=bfloat16: this CPU has neither AMX nor")
 
 
 def test_the_data_says_which_tokens_are_new(plan_for: PlanFor) -> None:
