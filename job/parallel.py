@@ -128,7 +128,7 @@ def _choose_dtype_on_cpu(choices: Choices, settings: Settings, hardware: Hardwar
         raise ConfigError(f"SFT_MODEL__DTYPE=bfloat16: {lacking}", hint="use float32 or ddp, or leave it at auto")
     if asked == "bfloat16" and hardware.cpu_bf16 is None:
         choices.warnings.append(
-            "SFT_MODEL__DTYPE=bfloat16: this CPU has neither AMX nor AVX-512 BF16; float32 is 25 to 30 times faster here"
+            "SFT_MODEL__DTYPE=bfloat16: this CPU has neither AMX nor AVX-512 BF16; float32 is 25 to 30 times faster"
         )
     if lacking is not None:
         return "float32", lacking
