@@ -63,7 +63,7 @@ bench-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Measure t
 	  $(GPU_PYTHON) tests/bench/gpu.py $(BENCH); \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING was measured"; fi
 
-bench-fp8: $(INSTALLED) ## Measure what an FP8 base does to loss and gradients of a small model
+bench-fp8: $(INSTALLED) ## Measure what an FP8 base does to a small model's loss and gradients, and to what it learns; 10 minutes
 	$(BIN)/python tests/bench/fp8.py
 
 bench-scale: ## Compute what 1, 8 and 64 GPUs cost in communication (BENCH='--tokens-per-s 12000')
