@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DIGEST_BYTES = 8
+_NOTHING_LEFT = "no token is left to learn from"
 
 
 class Task(NamedTuple):
@@ -54,7 +55,7 @@ class EncodedChunk:
 
 
 class _Kept(NamedTuple):
-    number: int
+    row: Row
     example: Example
     encoded: Encoded
 
@@ -79,9 +80,7 @@ class ChunkEncoder:
                 readable.append(row)
         rows_read = len(bad) + len(readable)
         examples = [] if task.row_format is None else self._make_examples(readable, task.row_format, bad)
-        kept = self._encode(examples, bad)
-        bad.sort(key=lambda row: row.number)
-        return self._gather(task, rows_read, kept, bad)
+        return self._gather(task, rows_read, self._encode(examples, bad), bad)
 
     def _find_special_tokens(self, row_format: RowFormat | None) -> re.Pattern[str] | None:
         # Those that the user's own template writes are meant.
@@ -107,15 +106,11 @@ class ChunkEncoder:
                 raise _fatal(result, row) from result
             if isinstance(result, RowError):
                 bad.append(_make_bad(row, result.reason))
-            elif (result.labels[1:] != NOT_SUPERVISED).any():
-                kept.append(_Kept(row.number, example, result))
             else:
-                bad.append(_make_bad(row, "no token is left to learn from"))
+                kept.append(_Kept(row, example, result))
         return kept
 
     def _gather(self, task: Task, rows_read: int, kept: list[_Kept], bad: list[BadRow]) -> EncodedChunk:
-        special_tokens = self._find_special_tokens(task.row_format)
-        notes = ({*row.example.notes, *find_oddities(row.example, special_tokens)} for row in kept)
         ids = [row.encoded.input_ids for row in kept]
         input_ids = np.concatenate([np.zeros(0, dtype=np.int32), *ids])
         supervised = np.concatenate([np.zeros(0, dtype=np.int32), *(row.encoded.labels for row in kept)])
@@ -125,16 +120,21 @@ class ChunkEncoder:
         ends = np.cumsum(lengths, dtype=np.int64)
         starts = ends - lengths
         learned = supervised.copy()
-        learned[starts] = False  # nothing precedes a row's first token, so it is never predicted
+        learned[starts[lengths > 0]] = False  # nothing precedes a row's first token, so it is never predicted
         places = np.flatnonzero(learned)
         firsts, lasts = np.searchsorted(places, starts), np.searchsorted(places, ends)  # (K,) indices into places
+        if (firsts == lasts).any():
+            bad += [_make_bad(kept[index].row, _NOTHING_LEFT) for index in np.flatnonzero(firsts == lasts)]
+            return self._gather(task, rows_read, [kept[index] for index in np.flatnonzero(firsts < lasts)], bad)
+        special_tokens = self._find_special_tokens(task.row_format)
+        notes = ({*row.example.notes, *find_oddities(row.example, special_tokens)} for row in kept)
         end_tokens = Counter(input_ids[places[lasts - 1]].tolist())
         with_eos = np.searchsorted(ends, places[input_ids[places] == self._tokenizer.eos_token_id], side="right")
         return EncodedChunk(
             file=task.file,
             size_bytes=task.chunk.size_bytes,
             rows_read=rows_read,
-            numbers=np.array([row.number for row in kept], dtype=np.int64),
+            numbers=np.array([row.row.number for row in kept], dtype=np.int64),
             input_ids=input_ids,
             supervised=supervised,
             lengths=lengths,
@@ -144,7 +144,7 @@ class ChunkEncoder:
             eos_rows=len(np.unique(with_eos)),
             end_token_rows=Counter({token: rows for token, rows in end_tokens.items() if token in self._closing}),
             rows_with=Counter(note for found in notes for note in found),
-            bad_rows=bad,
+            bad_rows=sorted(bad, key=lambda row: row.number),
         )
 
 

@@ -162,17 +162,17 @@ class Renderer:
         # list, which is what stands before a conversation that begins with an assistant turn.
         from transformers.utils.chat_template_utils import _render_with_assistant_indices, render_jinja_template
 
-        given = {"documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
         try:
             if tools is None and all(len(turn) == 2 for turn in conversation):
                 # Roles and contents, which are text: nothing of what render_jinja_template converts or renames before
                 # it does this, and that takes longer than the template itself.
-                if marks:
-                    marked: tuple[str, list[tuple[int, int]]] = _render_with_assistant_indices(
-                        self._compiled, conversation, tools, **given
-                    )
-                    return marked
-                return self._compiled.render(messages=conversation, tools=None, **given), []
+                if not marks:
+                    return self._write_plain(conversation, add_generation_prompt=add_generation_prompt), []
+                given = {"documents": None, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
+                marked: tuple[str, list[tuple[int, int]]] = _render_with_assistant_indices(
+                    self._compiled, conversation, tools, **given
+                )
+                return marked
             texts, ranges = render_jinja_template(
                 conversations=[conversation],
                 tools=tools,
@@ -184,6 +184,18 @@ class Renderer:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise RowError(f"the chat template refuses it: {error}") from error
         return texts[0], ranges[0] if ranges else []
+
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        """What the template can name besides the conversation."""
+        return {**self._compiled.globals, "documents": None, "tools": None, **self.special_tokens}
+
+    def _write_plain(self, conversation: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        # As Template.render, which collects the names anew for each conversation, and takes longer for it than for the
+        # rest.
+        names = {**self._names, "messages": conversation, "add_generation_prompt": add_generation_prompt}
+        context = self._compiled.new_context(names, shared=True)
+        return "".join(self._compiled.root_render_func(context))
 
 
 def make_renderer(tokenizer: "PreTrainedTokenizerBase") -> Renderer | None:
