@@ -36,7 +36,7 @@ class Encoders:
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
-        self._workers: list[_Worker] | None = None
+        self._workers: list[_Worker] = []
 
     def __enter__(self) -> "Encoders":
         return self
@@ -46,11 +46,9 @@ class Encoders:
 
     def start(self, size_bytes: int) -> None:
         """Start what so many bytes are worth, and don't wait for it; those that have been started stay."""
-        if self._workers is None:
-            count = min(self._processes, size_bytes // WORKER_MIN_BYTES)
-            self._workers = []
-            if count > 1:
-                _start_workers(count, self._workers)
+        count = min(self._processes, size_bytes // WORKER_MIN_BYTES)
+        if count > 1 and not self._workers:
+            _start_workers(count, self._workers)
 
     def encode(
         self, tasks: Iterator[Task], tokenizer: "PreTrainedTokenizerBase"
@@ -73,7 +71,7 @@ class Encoders:
 
     def close(self) -> None:
         """End all processes, whatever they do."""
-        workers, self._workers = self._workers or [], None
+        workers, self._workers = self._workers, []
         for worker in workers:
             worker.process.kill()
         for worker in workers:

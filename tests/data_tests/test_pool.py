@@ -95,6 +95,8 @@ def test_workers_are_started_early_and_kept_for_the_next_data_set(tmp_path: Path
     first = write_rows(tmp_path / "first.jsonl", make_rows(300))
     second = write_rows(tmp_path / "second.jsonl", make_rows(200)[::-1])
     with Encoders(2) as encoders:
+        encoders.start(1)
+        assert workers_of(psutil.Process()) == []  # so little is done at once
         encoders.start(first.path.stat().st_size)
         started = workers_of(psutil.Process())
         assert len(started) == 2
