@@ -1,5 +1,6 @@
 """One of two processes that train a small model by FSDP2 on a CPU, compare with a model that isn't split, and go on."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -155,5 +156,6 @@ if __name__ == "__main__":
     for tied in (True, False):
         compare(Path(sys.argv[1]) / f"tied-{tied}", tied=tied)
     go_on(torch.arange(4 * 12).reshape(4, 12) % 97)
-    print("as without FSDP2")
+    print("as without FSDP2", flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # as the worker does: PyTorch's threads may abort an interpreter that takes itself down
