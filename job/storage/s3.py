@@ -1,15 +1,15 @@
 """Files in S3, or in any server that speaks its protocol: this module, s3_client.py, s3_object.py and s3_quick.py
-import boto3 or botocore.
+import boto3, botocore or obstore.
 
 The endpoint and the credentials are those of the AWS default chain.
 """
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from boto3.s3.transfer import TransferConfig
 from botocore import exceptions as boto
@@ -20,7 +20,6 @@ from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
 from job.storage.paths import check_path, compile_pattern, is_pattern, literal_prefix, pattern_folder
 from job.storage.s3_client import code_and_status, endpoint_of, open_client, reply_error, s3_errors
 from job.storage.s3_object import NoSuchKeyError, S3Object
-from job.storage.s3_quick import QuickReader
 from job.storage.transfer import (
     SEGMENT_BYTES,
     SMALL_BYTES,
@@ -35,6 +34,10 @@ from job.storage.transfer import (
     run_tasks,
 )
 
+if TYPE_CHECKING:
+    from job.storage.s3_quick import QuickBucket
+
+_MANY = 16  # small objects: from here on obstore saves more time than its import takes
 _UPLOAD = TransferConfig(multipart_threshold=SEGMENT_BYTES, multipart_chunksize=SEGMENT_BYTES, max_concurrency=THREADS)
 
 
@@ -78,8 +81,7 @@ class S3Store:
     def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
         """Download the files into the folder, each verified against the ETag that `find` saw."""
         targets = [folder / check_path(file.path, self.label_of(file.uri)) for file in files]
-        with s3_errors(self.label, self.client):
-            quick = QuickReader(self.client, self.session, self.bucket)
+        quick = self._open_quick(file.size_bytes for file in files)
         objects = [self._object(file, quick) for file in files]
         download(list(zip(objects, targets, strict=True)), progress)
         return targets
@@ -96,23 +98,40 @@ class S3Store:
         """Upload files so: those below 1 MiB many at a time, and then one larger one after the other."""
         small: list[Task] = []
         large: list[Task] = []
-        for source, path in files:
-            is_small = source.stat().st_size < SMALL_BYTES  # a missing source is the caller's fault, not the store's
-            (small if is_small else large).append(partial(self._upload, source, self._slot_key(path), is_small))
+        sizes = [source.stat().st_size for source, _ in files]  # a missing source is no fault of the store
+        quick = self._open_quick(sizes)
+        for (source, path), size_bytes in zip(files, sizes, strict=True):
+            key = self._slot_key(path)
+            if size_bytes < SMALL_BYTES:
+                small.append(partial(self._upload_small, source, key, quick))
+            else:
+                large.append(partial(self._upload_large, source, key))
         # On other threads, for boto3 lets no signal end an upload before its requests have timed out: 80 s.
         run_tasks(small, threading.Event(), THREADS_FOR_SMALL)
         for task in large:
             run_tasks([task], threading.Event())
 
-    def _upload(self, source: Path, key: str, is_small: bool) -> list[Task]:
-        with s3_errors(self.label_of(self._uri(key)), self.client):
-            if is_small:  # upload_file takes far more CPU time for it
-                self._put_small(key, source.read_bytes(), {})
-            else:
-                self.client.upload_file(
-                    str(source), self.bucket, key, ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=_UPLOAD
-                )
+    def _upload_small(self, source: Path, key: str, quick: "QuickBucket | None") -> list[Task]:
+        content = source.read_bytes()
+        if quick is None or not quick.write(key, content):
+            with s3_errors(self.label_of(self._uri(key)), self.client):
+                self._put_small(key, content, {})  # upload_file takes far more CPU time for it
         return []
+
+    def _upload_large(self, source: Path, key: str) -> list[Task]:
+        with s3_errors(self.label_of(self._uri(key)), self.client):
+            extra = {"ChecksumAlgorithm": "SHA256"}
+            self.client.upload_file(str(source), self.bucket, key, ExtraArgs=extra, Config=_UPLOAD)
+        return []
+
+    def _open_quick(self, sizes_bytes: Iterable[int]) -> "QuickBucket | None":
+        """Return the quick way for many small objects; None where there are few."""
+        if sum(size_bytes < SMALL_BYTES for size_bytes in sizes_bytes) < _MANY:
+            return None
+        from job.storage.s3_quick import QuickBucket
+
+        with s3_errors(self.label, self.client):
+            return QuickBucket(self.client, self.session, self.bucket)
 
     def read(self, path: str) -> bytes | None:
         """Return an object of the slot, or None where there is none."""
@@ -188,7 +207,7 @@ class S3Store:
     def _uri(self, key: str) -> str:
         return f"s3://{self.bucket}/{key}"
 
-    def _object(self, file: StoredFile, quick: QuickReader | None = None) -> S3Object:
+    def _object(self, file: StoredFile, quick: "QuickBucket | None" = None) -> S3Object:
         return S3Object(self.client, self.bucket, file, label=self.label_of(file.uri), quick=quick)
 
     def _folder(self) -> str:

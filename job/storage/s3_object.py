@@ -13,6 +13,7 @@ from urllib3.exceptions import HTTPError
 
 from job.errors import NotFoundError, UnavailableError
 from job.storage import StoredFile
+from job.storage.s3_checksum import Checksum, parse_etag, parse_stored
 from job.storage.s3_client import code_and_status, endpoint_of, reply_error, s3_errors
 from job.storage.transfer import (
     PIECE_BYTES,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
     from types_boto3_s3.type_defs import GetObjectOutputTypeDef
 
-    from job.storage.s3_quick import QuickReader
+    from job.storage.s3_quick import QuickBucket
 
 _BROKEN_BODY = (
     boto.IncompleteReadError,
@@ -38,7 +39,6 @@ _BROKEN_BODY = (
     OSError,
 )
 _NO_PARTS = {"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented"}
-_MD5_ETAG = re.compile(r"([0-9a-f]{32})(?:-(\d{1,5}))?")
 
 
 class NoSuchKeyError(NotFoundError):
@@ -46,13 +46,13 @@ class NoSuchKeyError(NotFoundError):
 
 
 class S3Object:
-    """One object to download: cut into its own parts, whose MD5s make up its ETag, or into ranges.
+    """One object to download: cut into its own parts, whose checksums make up the object's, or into ranges.
 
     Without an ETag in `file`, whatever version is there is meant; `found_etag` is that of the last answer.
     """
 
     def __init__(
-        self, client: "S3Client", bucket: str, file: StoredFile, *, label: str, quick: "QuickReader | None" = None
+        self, client: "S3Client", bucket: str, file: StoredFile, *, label: str, quick: "QuickBucket | None" = None
     ) -> None:
         self.label = label
         self.size_bytes = file.size_bytes
@@ -60,17 +60,21 @@ class S3Object:
         self._client = client
         self._quick = quick
         self._etag = file.etag
-        self._address = {"Bucket": bucket, "Key": file.uri.removeprefix(f"s3://{bucket}/")}
-        match = _MD5_ETAG.fullmatch(file.etag)
-        # Directory buckets (S3 Express) have ETags that look like MD5s and are not.
-        self._etag_is_md5 = match is not None and not bucket.endswith("--x-s3")
-        self._part_count = int(match[2]) if match and match[2] else 0
+        self._address: dict[str, Any] = {"Bucket": bucket, "Key": file.uri.removeprefix(f"s3://{bucket}/")}
+        self._checksum = parse_etag(file.etag)
+        self._part_count = self._checksum.part_count if self._checksum else 0
         self._by_parts = self._part_count > 0
-        self._md5s: dict[int, bytes] = {}
+        self._digests: dict[int, bytes] = {}
+        if bucket.endswith("--x-s3"):  # ETags in directory buckets (S3 Express) look like MD5s and are not
+            self._checksum = None
 
     def segments(self) -> list[Segment]:
-        """Cut by parts where the ETag counts some, else into ranges of 16 MiB; a small object is whole."""
+        """Cut by parts where the ETag counts some, else into ranges of 16 MiB; a small object is whole.
+
+        For parts it asks whether the store has their checksum, too. Raises UnavailableError where it is out of reach.
+        """
         if self._by_parts:
+            self._checksum = self._find_stored() or self._checksum
             return [Segment(index, part_number=index + 1) for index in range(self._part_count)]
         if self.size_bytes <= SEGMENT_BYTES:
             return [Segment(0)]
@@ -78,14 +82,14 @@ class S3Object:
         return [Segment(i, start, min(SEGMENT_BYTES, self.size_bytes - start)) for i, start in enumerate(starts)]
 
     def stream(self, segment: Segment) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of a segment, and remember its MD5."""
+        """Yield (offset, bytes) of a segment, and remember its checksum."""
         if (content := self._read_quickly()) is not None:
-            self._md5s[segment.index] = bytes.fromhex(self._etag)
             yield 0, content
             return
         with s3_errors(self.label, self._client):
             response = self._get(segment)
-        md5 = hashlib.md5(usedforsecurity=False)
+        checksum = self._checksum
+        digest = checksum.new() if checksum and self._is_hashed_by_segments() else None
         with closing(response["Body"]) as body:
             offset = self._check_answer(segment, response)
             while True:
@@ -97,35 +101,52 @@ class S3Object:
                     raise BrokenTransferError(f"the transfer broke off ({type(error).__name__})") from error
                 if not piece:
                     break
-                md5.update(piece)
+                if digest:
+                    digest.update(piece)
                 yield offset, piece
                 offset += len(piece)
-        self._md5s[segment.index] = md5.digest()
+        if digest:
+            self._digests[segment.index] = digest.digest()
 
     def verify(self, path: Path) -> None:
-        """Compare with the ETag, where it is an MD5 (of the MD5s of the parts)."""
-        if not self._etag_is_md5 or (self._part_count and not self._by_parts):
+        """Compare with the checksum of the parts' checksums that is stored, else with the ETag where it is an MD5."""
+        checksum = self._checksum
+        if checksum is None or (self._part_count and not self._by_parts):
             return
         if self._part_count:
-            md5s = b"".join(self._md5s[index] for index in range(self._part_count))
-            etag = f"{hashlib.md5(md5s, usedforsecurity=False).hexdigest()}-{self._part_count}"
-        elif self.size_bytes <= SEGMENT_BYTES:
-            etag = self._md5s[0].hex()
+            found = checksum.of_parts([self._digests[index] for index in range(self._part_count)])
+        elif self._is_hashed_by_segments():
+            found = self._digests[0]
         else:
             with path.open("rb") as stream:
-                etag = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if etag != self._etag:
-            raise DamagedTransferError("arrived damaged: its MD5 is not the ETag's")
+                found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).digest()
+        if found != checksum.expected:
+            raise DamagedTransferError(f"arrived damaged: its {checksum.name} is not the one that is stored")
+
+    def _is_hashed_by_segments(self) -> bool:
+        return self._by_parts or self.size_bytes <= SEGMENT_BYTES
+
+    def _find_stored(self) -> Checksum | None:
+        """Return the stored checksum of the parts' checksums, which takes less time to compare than MD5."""
+        with s3_errors(self.label, self._client):
+            try:
+                head = self._client.head_object(**self._address, ChecksumMode="ENABLED")
+            except boto.ClientError:
+                return None  # what is wrong, if anything is, the GET's refusal says
+        return parse_stored(head, self._part_count) if head["ETag"].strip('"') == self._etag else None
 
     def _read_quickly(self) -> bytes | None:
-        """Return a small object that can be verified by its ETag; None where it must be read in the usual way."""
-        if self._quick is None or self._part_count or not self._etag_is_md5 or self.size_bytes > SMALL_BYTES:
-            return None
+        """Return a small object that was verified by its ETag; None where it must be read in the usual way."""
         quick, self._quick = self._quick, None  # tried once
-        return quick.read(self._address["Key"], self._etag)
+        if quick is None or self._checksum is None or self._part_count or self.size_bytes > SMALL_BYTES:
+            return None
+        content = quick.read(self._address["Key"], self._checksum.expected)
+        if content is not None:
+            self._digests[0] = self._checksum.expected
+        return content
 
     def _get(self, segment: Segment) -> "GetObjectOutputTypeDef":
-        request: dict[str, Any] = dict(self._address)
+        request = dict(self._address)
         if self._etag:
             request["IfMatch"] = f'"{self._etag}"'
         if segment.part_number:
@@ -158,8 +179,9 @@ class S3Object:
         if self._etag and self.found_etag != self._etag:
             raise reply_error(self.label, endpoint_of(self._client), "PreconditionFailed", 200)
         encryption = response.get("ServerSideEncryption", "")
-        if encryption.startswith("aws:kms") or response.get("SSECustomerAlgorithm"):
-            self._etag_is_md5 = False
+        is_encrypted = encryption.startswith("aws:kms") or response.get("SSECustomerAlgorithm")
+        if is_encrypted and self._checksum and self._checksum.name == "MD5":
+            self._checksum = None  # then the ETag only looks like one
         if segment.part_number and self._part_count > 1 and response.get("PartsCount") != self._part_count:
             # A server that ignores PartNumber. Where its parts begin can't be known, so the ETag can't be checked.
             self._by_parts = False

@@ -26,7 +26,7 @@ THREADS = 8
 THREADS_FOR_SMALL = 32  # which wait for the network most of the time
 TRIES = 4
 SEGMENT_BYTES = 16 * 2**20
-PIECE_BYTES = 256 * 2**10  # is received, hashed and written without leaving the processor's cache
+PIECE_BYTES = 2**20  # as little of Python as can be, and yet received, hashed and written within the processor's cache
 SMALL_BYTES = 2**20
 
 Task = Callable[[], "list[Task]"]  # does one thing, and returns what is to be done because of it
@@ -65,7 +65,7 @@ class Source(Protocol):
     size_bytes: int
 
     def segments(self) -> list[Segment]:
-        """Cut the object into pieces that can be fetched on their own."""
+        """Cut the object into pieces that can be fetched on their own; called on one of the threads."""
         ...
 
     def stream(self, segment: Segment) -> Iterator[tuple[int, bytes]]:
@@ -116,7 +116,7 @@ def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
         for one in downloads:
             with disk_errors(one.target.parent, one.source.label):
                 one.target.parent.mkdir(parents=True, exist_ok=True)
-            tasks.extend(one.tasks())
+            tasks.append(one.begin)
         small = sum(source.size_bytes < SMALL_BYTES for source, _ in sources)
         run_tasks(tasks, stop, THREADS_FOR_SMALL if small > len(sources) / 2 else THREADS)
         for folder in {target.parent for _, target in sources}:
@@ -144,10 +144,12 @@ class _Download:
         self._written_bytes = 0
         self._damaged = 0
 
-    def tasks(self) -> list[Task]:
-        """Return the work, from the beginning."""
+    def begin(self) -> list[Task]:
+        """Fetch what is one segment; else return the work on each."""
         segments = self.source.segments()
         self._restart, self._remaining, self._written_bytes = False, len(segments), 0
+        if len(segments) == 1:
+            return self._run(segments[0])
         return [partial(self._run, segment) for segment in segments]
 
     def abandon(self) -> None:
@@ -230,7 +232,7 @@ class _Download:
     def _finish(self) -> list[Task]:
         if self._restart:
             self._progress(-self._written_bytes)
-            return self.tasks()
+            return self.begin()
         try:
             if self._written_bytes != self.source.size_bytes:
                 raise BrokenTransferError(f"{self._written_bytes} of {self.source.size_bytes} bytes arrived")
@@ -239,7 +241,7 @@ class _Download:
             self._progress(-self._written_bytes)
             self._damaged += 1
             self._wait_or_give_up(self._damaged, error)
-            return self.tasks()
+            return self.begin()
         with disk_errors(self.target.parent, self.source.label):
             sync(self._temporary)
             self._temporary.replace(self.target)

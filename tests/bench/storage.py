@@ -2,8 +2,9 @@
 
 The job's own storage, s5cmd, and boto3's own transfer move the same files to and from one real S3 server, in turns:
 one object of 1 GiB, and 2,000 of 64 KiB. Each try is a process of its own, timed from the first request to the last,
-for s5cmd with its start, which takes some 20 ms. The client's CPU seconds are told beside the rate, for client and
-server share the machine's cores.
+for s5cmd with its start, which takes some 20 ms; what botocore takes to start, 0.1 s once in a process, is not counted.
+The client's CPU seconds are told beside the rate, for client and server share the machine's cores. "unsynced" is the
+job that doesn't wait for the disk, as the others don't: what the waiting costs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +34,13 @@ SMALL_BYTES = 64 * 2**10
 SMALL_FILES = 2_000
 CASES = {"big": "1 GiB in one object", "small": f"{SMALL_FILES:,} objects of 64 KiB"}
 DIRECTIONS = ("download", "upload")
-CLIENTS = ("job", "s5cmd", "boto3")
+CLIENTS = ("job", "unsynced", "s5cmd", "boto3")
 NOTES = """
-The job compares what it downloads with the ETag's MD5, or where that is none with the checksum that is stored with the
-object, and syncs the files to the disk before it calls them done; what it uploads carries SHA-256 for the server to
-verify. boto3 uploads with its default checksum, and verifies it on downloads that come in one answer. What s5cmd
-verifies was not examined. Neither s5cmd nor boto3 waits for the disk.
+The job compares what it downloads with the checksum that is stored with the object (here CRC-32 of the large one's
+parts, as boto3 has uploaded it), or else with the ETag's MD5, and syncs the files to the disk before it calls them
+done ("unsynced": it doesn't); what it uploads carries SHA-256 for the server to verify. boto3 uploads with its default
+checksum, and verifies it on downloads that come in one answer. What s5cmd verifies was not examined. Neither s5cmd nor
+boto3 waits for the disk.
 """
 
 
@@ -52,26 +55,34 @@ class Took:
 # -- the clients, each in a process of its own -------------------------------------------------------------------------
 
 
-def move_by_job(direction: str, folder: Path, uri: str) -> None:
-    """Move by what the job itself calls."""
+def open_job(direction: str, folder: Path, uri: str) -> Callable[[], object]:
+    """Return what moves them by what the job itself calls."""
     from job.storage import open_folder
 
     store = open_folder(uri, setting="SFT_DATA__URI")
     if direction == "download":
-        store.fetch(store.find(), folder, lambda _: None)
-    else:
-        store.put_all([(path, path.name) for path in sorted(folder.iterdir())])
+        return lambda: store.fetch(store.find(), folder, lambda _: None)
+    return lambda: store.put_all([(path, path.name) for path in sorted(folder.iterdir())])
 
 
-def move_by_boto3(direction: str, folder: Path, uri: str) -> None:
-    """Move by boto3's transfer manager with its defaults: 10 threads, parts of 8 MiB."""
+def open_unsynced(direction: str, folder: Path, uri: str) -> Callable[[], object]:
+    """Return the same, without waiting for the disk."""
+    import job.storage.transfer
+
+    job.storage.transfer.sync = lambda _: None
+    return open_job(direction, folder, uri)
+
+
+def open_boto3(direction: str, folder: Path, uri: str) -> Callable[[], object]:
+    """Return what moves them by boto3's transfer manager with its defaults: 10 threads, parts of 8 MiB."""
     import boto3
     from boto3.s3.transfer import TransferConfig, create_transfer_manager
     from botocore.config import Config
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    config = Config(s3={"addressing_style": "path"})
-    with closing(boto3.session.Session().client("s3", config=config)) as client:
+    client = boto3.session.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
+
+    def move() -> None:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         with create_transfer_manager(client, TransferConfig()) as manager:
             if direction == "download":
@@ -82,6 +93,8 @@ def move_by_boto3(direction: str, folder: Path, uri: str) -> None:
             for future in futures:
                 future.result()
 
+    return move
+
 
 def run_in_process(client: str, direction: str, folder: Path, uri: str) -> None:
     """Be the process of one try, and print what it took."""
@@ -89,10 +102,23 @@ def run_in_process(client: str, direction: str, folder: Path, uri: str) -> None:
 
     import job.storage.s3  # noqa: F401
 
-    move = {"job": move_by_job, "boto3": move_by_boto3}[client]
+    open_client = {"job": open_job, "unsynced": open_unsynced, "boto3": open_boto3}[client]
+    move = open_client(direction, folder, uri)
+    get_memory(folder)
     began_s, began_cpu_s = time.monotonic(), _cpu_s(resource.RUSAGE_SELF)
-    move(direction, folder, uri)
+    move()
     print(json.dumps([time.monotonic() - began_s, _cpu_s(resource.RUSAGE_SELF) - began_cpu_s]))
+
+
+def get_memory(folder: Path) -> None:
+    """Have free memory at hand for the pages of the files that are written to a folder.
+
+    A virtual machine gives free memory back to its host after a moment, and to get it again takes longer than to write
+    to it: this hit whoever came after a pause, by a factor of three.
+    """
+    with tempfile.TemporaryFile(dir=folder.parent) as file:
+        for _ in range(BIG_BYTES // 2**24):
+            file.write(bytes(2**24))
 
 
 def _cpu_s(who: int) -> float:
@@ -109,6 +135,7 @@ def run_client(client: str, direction: str, folder: Path, uri: str, environment:
     if client == "s5cmd":
         source, target = (f"{uri}*", f"{folder}/") if direction == "download" else (f"{folder}/", uri)
         command = [str(Path(sys.executable).parent / "s5cmd"), "--endpoint-url", environment["AWS_ENDPOINT_URL_S3"]]
+        get_memory(folder)
         began_s, began_cpu_s = time.monotonic(), _cpu_s(resource.RUSAGE_CHILDREN)
         subprocess.run([*command, "--log", "error", "cp", source, target], env=environment, check=True)
         return Took(time.monotonic() - began_s, _cpu_s(resource.RUSAGE_CHILDREN) - began_cpu_s)
@@ -128,24 +155,28 @@ def measure(
     environment = job_environment(scratch) | server.environment()
     source = scratch / "source"
     make_files(case, source)
+    uploaders = [name for name in clients if name != "unsynced"]
     found = defaultdict(list)
     for number in range(rounds):
         bucket = f"{case}-{number}"
         with closing(server.client()) as client:
             client.create_bucket(Bucket=bucket)
         turn = clients[number % len(clients) :] + clients[: number % len(clients)]
-        for name in turn:
+        for name in sorted(uploaders, key=turn.index):
             found["upload", name].append(run_client(name, "upload", source, f"s3://{bucket}/{name}/", environment))
         for name in turn:
-            target = scratch / "target"
+            target = scratch / f"target-{number}-{name}"
             target.mkdir()
             # All download the same objects: those that boto3 has uploaded, as most have who use a job like this.
-            uri = f"s3://{bucket}/{clients[-1]}/"
+            uri = f"s3://{bucket}/{uploaders[-1]}/"
             found["download", name].append(run_client(name, "download", target, uri, environment))
             check_files(source, target)
-            shutil.rmtree(target)
+            if case == "big":
+                shutil.rmtree(target)
         delete_bucket(server, bucket)
-    shutil.rmtree(source)
+    # Not before: where many files were deleted within a minute, ext4 takes longer to make new ones.
+    for folder in [source, *scratch.glob("target-*")]:
+        shutil.rmtree(folder)
     return found
 
 
@@ -184,6 +215,8 @@ def tabulate(case: str, found: dict[tuple[str, str], list[Took]], clients: list[
     for direction in DIRECTIONS:
         for client in clients:
             tries = found[direction, client]
+            if not tries:
+                continue
             rates = [size_mb / one.seconds for one in tries]
             ratio = "1"
             if client != "s5cmd" and "s5cmd" in clients:

@@ -1,19 +1,26 @@
 """S3 against a real server: what is found, that bytes come back exact, and which error each trouble becomes."""
 
+import asyncio
+import base64
 import contextlib
 import hashlib
 import itertools
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import boto3.session
 import pytest
+import trustme
+from botocore.config import Config
 from botocore.credentials import Credentials
 from botocore.exceptions import ClientError
 from seaweed import READ_ONLY_BUCKET, SeaweedFS
@@ -231,23 +238,6 @@ class TestFetch:
         assert opened.read("small") == source.read_bytes()
         assert flaky.faults_left == 0
 
-    @pytest.mark.parametrize("is_refused", [False, True])
-    def test_small_objects_are_read_past_botocore_where_the_server_lets_them(
-        self, bucket: str, put: Callable[[str, bytes], None], tmp_path: Path, is_refused: bool
-    ) -> None:
-        contents = {name: name.encode() * 1_000 for name in ("a b/ü+~*'()!@:=&?#%.txt", "b", "c", "d/e")}
-        for name, content in contents.items():
-            put(f"data/{name}", content)
-        opened = store(f"s3://{bucket}/data")
-        files = opened.find()
-        if is_refused:
-            opened.session.get_credentials = lambda: Credentials("unknown", "wrong")  # type: ignore[method-assign]
-        asked: list[str] = []
-        opened.client.meta.events.register("before-send.s3.GetObject", lambda request, **_: asked.append(request.url))
-        paths = opened.fetch(files, tmp_path, Count())
-        assert {str(path.relative_to(tmp_path)): path.read_bytes() for path in paths} == contents
-        assert len(asked) == (len(files) if is_refused else 0)
-
     def test_changed_after_find(self, bucket: str, put: Callable[[str, bytes], None], tmp_path: Path) -> None:
         put("a", b"before")
         opened = store(f"s3://{bucket}/a")
@@ -366,6 +356,122 @@ def flaky(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> It
     proxy.close()
 
 
+@pytest.fixture
+def behind_tls(s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Reach the server by TLS; the file holds the authority of its certificate, which nobody knows."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    upstream = urlsplit(s3_environment["AWS_ENDPOINT_URL_S3"])
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            while piece := await reader.read(65536):
+                writer.write(piece)
+                await writer.drain()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection(upstream.hostname, upstream.port)
+        await asyncio.gather(copy(reader, server_writer), copy(server_reader, writer))
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    yield tmp_path / "ca.pem"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def requests_of(opened: S3Store) -> list[str]:
+    """Return a list that the operations will be in which botocore sends for the store, such as `PutObject`."""
+    sent: list[str] = []
+    opened.client.meta.events.register("before-send.s3", lambda event_name, **_: sent.append(event_name.split(".")[-1]))
+    return sent
+
+
+@pytest.fixture
+def contents() -> dict[str, bytes]:
+    """Contents of many small objects by their names, some of which are odd."""
+    odd = ["a b/ü+~*'()!@:=&?#%.txt", "%2F", "tab\t", '[x]{y}^`|<>"$,;', "e\u0301", "\u00e9", "empty"]
+    return {name: name.encode() * 1_000 if name != "empty" else b"" for name in [*odd, *map(str, range(20))]}
+
+
+@pytest.mark.usefixtures("s3_environment")
+class TestManySmall:
+    # obstore refuses a tab in a name, which the client then moves.
+    SLOW = 1
+
+    def put_all(self, opened: S3Store, contents: dict[str, bytes], folder: Path) -> None:
+        files = []
+        for number, (name, content) in enumerate(contents.items()):
+            (folder / f"source-{number}").write_bytes(content)
+            files.append((folder / f"source-{number}", name))
+        opened.put_all(files)
+
+    def test_they_go_past_botocore(
+        self, s3_client: "S3Client", bucket: str, contents: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        opened = store(f"s3://{bucket}/data")
+        sent = requests_of(opened)
+        self.put_all(opened, contents, tmp_path)
+        assert sent == ["PutObject"] * self.SLOW
+        found = opened.find()
+        sent.clear()
+        paths = opened.fetch(found, tmp_path / "into", Count())
+        assert {str(path.relative_to(tmp_path / "into")): path.read_bytes() for path in paths} == contents
+        assert sent == ["GetObject"] * self.SLOW
+        head = s3_client.head_object(Bucket=bucket, Key="data/7", ChecksumMode="ENABLED")
+        assert base64.b64decode(head["ChecksumSHA256"]) == hashlib.sha256(contents["7"]).digest()
+
+    def test_what_is_refused_goes_by_botocore(self, bucket: str, contents: dict[str, bytes], tmp_path: Path) -> None:
+        opened = store(f"s3://{bucket}/data")
+        opened.session.get_credentials = lambda: Credentials("unknown", "wrong")  # type: ignore[method-assign]
+        sent = requests_of(opened)
+        self.put_all(opened, contents, tmp_path)
+        paths = opened.fetch(opened.find(), tmp_path / "into", Count())
+        assert {str(path.relative_to(tmp_path / "into")): path.read_bytes() for path in paths} == contents
+        assert (sent.count("PutObject"), sent.count("GetObject")) == (len(contents), len(contents))
+
+    @pytest.mark.parametrize("fault", ["flip", "cut"])
+    def test_damage_is_repaired(
+        self, bucket: str, contents: dict[str, bytes], flaky: "Proxy", tmp_path: Path, fault: str
+    ) -> None:
+        opened = store(f"s3://{bucket}/data")
+        self.put_all(opened, contents, tmp_path)
+        files = opened.find()
+        getattr(flaky, fault)(1)
+        count = Count()
+        paths = opened.fetch(files, tmp_path / "into", count)
+        assert {str(path.relative_to(tmp_path / "into")): path.read_bytes() for path in paths} == contents
+        assert (flaky.faults_left, count.size_bytes) == (0, sum(map(len, contents.values())))
+
+    def test_the_environment_does_not_lead_obstore_elsewhere(
+        self, bucket: str, contents: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # What obstore alone would heed, and botocore doesn't.
+        for name, value in {"AWS_ENDPOINT": "http://127.0.0.1:1", "AWS_SKIP_SIGNATURE": "true"}.items():
+            monkeypatch.setenv(name, value)
+        opened = store(f"s3://{bucket}/data")
+        sent = requests_of(opened)
+        self.put_all(opened, contents, tmp_path)
+        assert sent == ["PutObject"] * self.SLOW
+
+    def test_a_server_with_a_certificate_of_ones_own(
+        self, bucket: str, behind_tls: Path, contents: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(UnavailableError, match="no trusted TLS connection"):
+            self.put_all(store(f"s3://{bucket}/data"), contents, tmp_path)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(behind_tls))
+        opened = store(f"s3://{bucket}/data")
+        sent = requests_of(opened)
+        self.put_all(opened, contents, tmp_path)
+        assert sent == ["PutObject"] * self.SLOW
+
+
 class TestDamage:
     CONTENT = os.urandom(17 * MIB)  # more than one segment
 
@@ -385,16 +491,24 @@ class TestDamage:
         assert count.size_bytes == size_bytes
         assert left_over(tmp_path) == []
 
-    def test_once_in_a_multipart_object(self, bucket: str, flaky: Proxy, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("stored", ["SHA-256", "CRC-32", "MD5"])
+    def test_in_a_multipart_object(self, bucket: str, flaky: Proxy, tmp_path: Path, stored: str) -> None:
         source = tmp_path / "source"
         source.write_bytes(self.CONTENT)
-        store(f"s3://{bucket}").put(source, "a.bin")
+        config = Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required")
+        with contextlib.closing(boto3.session.Session().client("s3", config=config)) as client:
+            extra = {} if stored == "MD5" else {"ChecksumAlgorithm": stored.replace("-", "")}
+            client.upload_file(str(source), bucket, "a.bin", ExtraArgs=extra)
         opened = store(f"s3://{bucket}/a.bin")
         files = opened.find()
+        assert "-3" in files[0].etag
         flaky.flip(1)
         (path,) = opened.fetch(files, tmp_path / "into", Count())
         assert path.read_bytes() == self.CONTENT
         assert flaky.faults_left == 0
+        flaky.flip(1_000)
+        with pytest.raises(UnavailableError, match=f"its {stored} is not the one that is stored, 4 times over"):
+            opened.fetch(files, tmp_path / "again", Count())
 
     @pytest.mark.parametrize(("fault", "what"), [("flip", "arrived damaged"), ("cut", "broke off")])
     def test_every_time_is_an_error(
