@@ -19,7 +19,7 @@ _MD5_ETAG = re.compile(r"([0-9a-f]{32})(?:-(\d{1,5}))?")
 class Hash(Protocol):
     """What hashlib's hashes are, as far as it is needed here."""
 
-    def update(self, piece: bytes, /) -> None:
+    def update(self, piece: bytes | memoryview, /) -> None:
         """Take more bytes."""
         ...
 
@@ -34,7 +34,7 @@ class Crc32:
     def __init__(self) -> None:
         self._value = 0
 
-    def update(self, piece: bytes, /) -> None:
+    def update(self, piece: bytes | memoryview, /) -> None:
         """Take more bytes."""
         self._value = zlib.crc32(piece, self._value)
 
@@ -67,6 +67,38 @@ class Checksum:
         whole = self.new()
         whole.update(b"".join(digests))
         return whole.digest()
+
+
+class PartHashes:
+    """The hashes of an object's parts, which come one after the other: each of so many bytes, or all that come."""
+
+    def __init__(self, new: Callable[[], Hash], part_bytes: int | None) -> None:
+        self._new = new
+        self._part_bytes = part_bytes
+        self._hash, self._room_bytes = new(), part_bytes
+        self._digests: list[bytes] = []
+
+    def update(self, piece: bytes) -> None:
+        """Take more bytes, of as many parts as they reach into."""
+        rest = memoryview(piece)
+        while rest:
+            taken = rest[: self._room_bytes]
+            self._hash.update(taken)
+            rest = rest[len(taken) :]
+            if self._room_bytes is not None:
+                self._room_bytes -= len(taken)
+                if self._room_bytes == 0:
+                    self._end_part()
+
+    def digests(self) -> list[bytes]:
+        """Return the hashes of the parts, when the last has come."""
+        if self._room_bytes != self._part_bytes or not self._digests:
+            self._end_part()
+        return self._digests
+
+    def _end_part(self) -> None:
+        self._digests.append(self._hash.digest())
+        self._hash, self._room_bytes = self._new(), self._part_bytes
 
 
 def parse_etag(etag: str) -> Checksum | None:

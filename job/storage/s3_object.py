@@ -13,7 +13,7 @@ from urllib3.exceptions import HTTPError
 
 from job.errors import NotFoundError, UnavailableError
 from job.storage import StoredFile
-from job.storage.s3_checksum import Checksum, parse_etag, parse_stored
+from job.storage.s3_checksum import PartHashes, parse_etag, parse_stored
 from job.storage.s3_client import code_and_status, endpoint_of, reply_error, s3_errors
 from job.storage.transfer import (
     PIECE_BYTES,
@@ -38,6 +38,8 @@ _BROKEN_BODY = (
     HTTPError,
     OSError,
 )
+_REQUESTS = 32  # for one object; for small parts, as boto3 makes them, each costs more than what it brings
+_JOINED_BYTES = 64 * 2**20
 _NO_PARTS = {"InvalidPart", "InvalidPartNumber", "InvalidArgument", "NotImplemented"}
 
 
@@ -64,6 +66,8 @@ class S3Object:
         self._checksum = parse_etag(file.etag)
         self._part_count = self._checksum.part_count if self._checksum else 0
         self._by_parts = self._part_count > 0
+        self._part_bytes: int | None = None  # of every part but the last, where that is known
+        self._may_join = True
         self._digests: dict[int, bytes] = {}
         if bucket.endswith("--x-s3"):  # ETags in directory buckets (S3 Express) look like MD5s and are not
             self._checksum = None
@@ -74,12 +78,16 @@ class S3Object:
         For parts it asks whether the store has their checksum, too. Raises UnavailableError where it is out of reach.
         """
         if self._by_parts:
-            self._checksum = self._find_stored() or self._checksum
+            self._look_at_parts()
+            if self._part_bytes:
+                step_bytes = self._part_bytes * self._joined_parts(self._part_bytes)
+                starts = range(0, self.size_bytes, step_bytes)
+                return [self._range(start // self._part_bytes, start, step_bytes) for start in starts]
             return [Segment(index, part_number=index + 1) for index in range(self._part_count)]
         if self.size_bytes <= SEGMENT_BYTES:
             return [Segment(0)]
         starts = range(0, self.size_bytes, SEGMENT_BYTES)
-        return [Segment(i, start, min(SEGMENT_BYTES, self.size_bytes - start)) for i, start in enumerate(starts)]
+        return [self._range(index, start, SEGMENT_BYTES) for index, start in enumerate(starts)]
 
     def stream(self, segment: Segment) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, bytes) of a segment, and remember its checksum."""
@@ -89,7 +97,7 @@ class S3Object:
         with s3_errors(self.label, self._client):
             response = self._get(segment)
         checksum = self._checksum
-        digest = checksum.new() if checksum and self._is_hashed_by_segments() else None
+        hashes = PartHashes(checksum.new, self._part_bytes) if checksum and self._is_hashed_by_segments() else None
         with closing(response["Body"]) as body:
             offset = self._check_answer(segment, response)
             while True:
@@ -101,12 +109,12 @@ class S3Object:
                     raise BrokenTransferError(f"the transfer broke off ({type(error).__name__})") from error
                 if not piece:
                     break
-                if digest:
-                    digest.update(piece)
+                if hashes:
+                    hashes.update(piece)
                 yield offset, piece
                 offset += len(piece)
-        if digest:
-            self._digests[segment.index] = digest.digest()
+        if hashes:
+            self._digests.update(enumerate(hashes.digests(), segment.index))
 
     def verify(self, path: Path) -> None:
         """Compare with the checksum of the parts' checksums that is stored, else with the ETag where it is an MD5."""
@@ -121,19 +129,38 @@ class S3Object:
             with path.open("rb") as stream:
                 found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).digest()
         if found != checksum.expected:
+            self._may_join = False  # should the parts be of several sizes, the next try learns where each begins
             raise DamagedTransferError(f"arrived damaged: its {checksum.name} is not the one that is stored")
 
     def _is_hashed_by_segments(self) -> bool:
         return self._by_parts or self.size_bytes <= SEGMENT_BYTES
 
-    def _find_stored(self) -> Checksum | None:
-        """Return the stored checksum of the parts' checksums, which takes less time to compare than MD5."""
+    def _range(self, index: int, start: int, size_bytes: int) -> Segment:
+        return Segment(index, start, min(size_bytes, self.size_bytes - start))
+
+    def _look_at_parts(self) -> None:
+        """Find the checksum that is stored, which takes less time to compare than MD5, and how large many parts are."""
+        head = self._head(ChecksumMode="ENABLED")
+        self._checksum = parse_stored(head, self._part_count) or self._checksum
+        self._part_bytes = None
+        if self._may_join and self._part_count > _REQUESTS:
+            head = self._head(PartNumber=1)
+            part_bytes = head["ContentLength"] if head.get("PartsCount") == self._part_count else 0
+            if part_bytes and -(-self.size_bytes // part_bytes) == self._part_count:
+                self._part_bytes = part_bytes
+
+    def _joined_parts(self, part_bytes: int) -> int:
+        """Return how many parts one request asks for, so that enough requests are left to share."""
+        return max(1, min(_JOINED_BYTES // part_bytes, -(-self._part_count // _REQUESTS)))
+
+    def _head(self, **options: Any) -> dict[str, Any]:
+        """Return what a HEAD says of this version; nothing where it is refused: the GET's refusal gives the reason."""
         with s3_errors(self.label, self._client):
             try:
-                head = self._client.head_object(**self._address, ChecksumMode="ENABLED")
+                head = self._client.head_object(**self._address, **options)
             except boto.ClientError:
-                return None  # what is wrong, if anything is, the GET's refusal says
-        return parse_stored(head, self._part_count) if head["ETag"].strip('"') == self._etag else None
+                return {}
+        return dict(head) if head["ETag"].strip('"') == self._etag else {}
 
     def _read_quickly(self) -> bytes | None:
         """Return a small object that was verified by its ETag; None where it must be read in the usual way."""
