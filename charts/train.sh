@@ -240,7 +240,8 @@ leave() { # however the work ends
   [ -z "$resume_commands" ] || printf '::%s::\n' "$resume_commands"
 }
 
-work() { # as a process of its own, which only SIGTERM stops
+work() { # as a process of its own, which only SIGTERM stops: a terminal's Ctrl-C reaches it and its commands, too
+  trap '' INT
   installed='' is_told_to_stop=false follower='' resume_commands=''
   trap leave EXIT
   trap 'is_told_to_stop=true; exit 143' TERM

@@ -79,7 +79,7 @@ class S3Store:
         return files
 
     def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
-        """Download the files into the folder, each verified against the ETag that `find` saw."""
+        """Download the files into the folder, each in the version that `find` saw, and verified."""
         targets = [folder / check_path(file.path, self.label_of(file.uri)) for file in files]
         quick = self._open_quick(file.size_bytes for file in files)
         objects = [self._object(file, quick) for file in files]

@@ -27,7 +27,7 @@ DONE = {
 }
 
 _PROGRAM = """#!{python} -ISs
-import json, os, sys
+import json, os, signal, sys
 
 os.chdir({folder!r})
 program, words = os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -51,6 +51,8 @@ def play_next(name, scenes):
     return scenes[min(number, len(scenes) - 1)]
 
 
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    write("interruptible", read("interruptible") + " ".join([program, *words]) + "\\n")
 with open("calls", "a") as calls:
     calls.write(" ".join([program, *words]) + "\\n")
 releases = set(read("installed").split())
@@ -174,6 +176,7 @@ class FakeCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
 
     def calls(self) -> list[str]:

@@ -1,6 +1,7 @@
 """charts/train.sh against stand-ins for helm and kubectl: how it reads each end of a run, and what it leaves behind."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -243,9 +244,16 @@ def test_a_jobsets_pods_are_found_by_its_own_label(train: Train) -> None:
     assert any("jobset.sigs.k8s.io/jobset-name=demo-1234abcd" in call for call in ended.calls)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "send"),
+    [
+        (signal.SIGTERM, 143, os.kill),
+        (signal.SIGINT, 130, os.kill),
+        (signal.SIGINT, 130, os.killpg),  # Ctrl-C in a terminal
+    ],
+)
 def test_told_to_stop_it_uninstalls_so_that_the_job_saves_its_checkpoint(
-    tmp_path: Path, number: signal.Signals, code: int
+    tmp_path: Path, number: signal.Signals, code: int, send: Callable[[int, int], None]
 ) -> None:
     cluster = FakeCluster(tmp_path, [scene(pod("demo-0"))])
     with cluster.start(CHARTS) as process:
@@ -253,13 +261,19 @@ def test_told_to_stop_it_uninstalls_so_that_the_job_saves_its_checkpoint(
         while not (tmp_path / "demo-0.count").exists():
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
-        process.send_signal(number)
+        send(process.pid, number)
         try:
             _, said = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode == code, said
     assert cluster.helm_calls()[-1] == "uninstall demo"
+
+
+def test_ctrl_c_is_for_the_script_and_for_none_of_its_commands(train: Train, tmp_path: Path) -> None:
+    # A shell that runs a command leaves SIGINT to it, and may lose it: so it runs none that could take one.
+    train(scene(pod("demo-0")), COMPLETE)
+    assert not (tmp_path / "interruptible").exists()
 
 
 @pytest.mark.parametrize(
