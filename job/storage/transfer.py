@@ -10,7 +10,6 @@ import random
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -88,23 +87,41 @@ def run_tasks(tasks: list[Task], stop: threading.Event, threads: int = THREADS) 
     On any exception, a signal handler's in the main thread too, `stop` is set, tasks not begun are dropped, and those
     under way are not waited for.
     """
-    finished: SimpleQueue[Future[list[Task]]] = SimpleQueue()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
+    # Not an executor, whose futures cost more than a small file's other Python does.
+    waiting: SimpleQueue[Task | None] = SimpleQueue()
+    ended: SimpleQueue[list[Task] | BaseException] = SimpleQueue()
+    outstanding = started = 0
     try:
-        outstanding = 0
         while True:
             for task in tasks:
-                pool.submit(task).add_done_callback(finished.put)
+                waiting.put(task)
             outstanding += len(tasks)
+            for _ in range(started, min(threads, outstanding)):
+                threading.Thread(target=_run_waiting, args=(waiting, ended, stop), name="transfer", daemon=True).start()
+                started += 1
             if outstanding == 0:
                 break
-            tasks = finished.get().result()
+            result = ended.get()
+            if isinstance(result, BaseException):
+                raise result
+            tasks = result
             outstanding -= 1
     except BaseException:
         stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
         raise
-    pool.shutdown()
+    finally:
+        for _ in range(started):
+            waiting.put(None)
+
+
+def _run_waiting(
+    waiting: "SimpleQueue[Task | None]", ended: "SimpleQueue[list[Task] | BaseException]", stop: threading.Event
+) -> None:
+    while (task := waiting.get()) is not None and not stop.is_set():
+        try:
+            ended.put(task())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is for the one who waits
+            ended.put(error)
 
 
 def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
@@ -134,6 +151,7 @@ class _Download:
     def __init__(self, source: Source, target: Path, progress: Progress, stop: threading.Event) -> None:
         self.source = source
         self.target = target
+        self._folder = target.parent
         self._temporary = target.with_name(TEMPORARY_PREFIX + secrets.token_hex(8))
         self._progress = progress
         self._stop = stop
@@ -198,7 +216,7 @@ class _Download:
 
     @contextmanager
     def _open(self) -> Iterator[int]:
-        with disk_errors(self.target.parent, self.source.label), self._lock:
+        with disk_errors(self._folder, self.source.label), self._lock:
             if self._stop.is_set():
                 raise _AbandonedError
             flags = os.O_WRONLY if self._created else os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -212,7 +230,7 @@ class _Download:
             os.close(descriptor)
 
     def _reserve(self, descriptor: int) -> None:
-        with disk_errors(self.target.parent, self.source.label):
+        with disk_errors(self._folder, self.source.label):
             try:
                 # A disk that is too small is found now, not after the last gigabyte.
                 os.posix_fallocate(descriptor, 0, self.source.size_bytes)
@@ -223,7 +241,7 @@ class _Download:
     def _write(self, descriptor: int, offset: int, piece: bytes) -> None:
         if self._stop.is_set():
             raise _AbandonedError
-        with disk_errors(self.target.parent, self.source.label):
+        with disk_errors(self._folder, self.source.label):
             view = memoryview(piece)
             while view:
                 count = os.pwrite(descriptor, view, offset)
@@ -242,7 +260,7 @@ class _Download:
             self._damaged += 1
             self._wait_or_give_up(self._damaged, error)
             return self.begin()
-        with disk_errors(self.target.parent, self.source.label):
+        with disk_errors(self._folder, self.source.label):
             sync(self._temporary)
             self._temporary.replace(self.target)
         return []
