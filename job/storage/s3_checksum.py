@@ -29,7 +29,7 @@ class Hash(Protocol):
 
 
 class Crc32:
-    """CRC-32 in the manner of hashlib; eight times as fast as MD5, and S3's clients store it unasked."""
+    """CRC-32 in the manner of hashlib: several times as fast as MD5, and stored by S3's clients unasked."""
 
     def __init__(self) -> None:
         self._value = 0

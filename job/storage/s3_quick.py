@@ -32,14 +32,14 @@ class QuickBucket:
     def __init__(self, client: "S3Client", session: Session, bucket: str) -> None:
         """Go where the client does, with the credentials that the session has now.
 
-        Raises what botocore does where it doesn't know them, or the bucket's address.
+        Raises what botocore does where it can't get them, or doesn't know the bucket's address.
         """
         self._store: S3Store | None = None
         credentials = session.get_credentials()
-        url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}).partition("?")[0]
         if credentials is None:
             return
         found = credentials.get_frozen_credentials()
+        url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}).partition("?")[0]
         credential: S3Credential = {
             "access_key_id": found.access_key or "",
             "secret_access_key": found.secret_key or "",

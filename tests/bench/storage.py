@@ -4,7 +4,7 @@ The job's own storage, s5cmd, and boto3's own transfer move the same files to an
 one object of 1 GiB, and 2,000 of 64 KiB. Each try is a process of its own, timed from the first request to the last,
 for s5cmd with its start, which takes some 20 ms; what botocore takes to start, 0.1 s once in a process, is not counted.
 The client's CPU seconds are told beside the rate, for client and server share the machine's cores. "unsynced" is the
-job that doesn't wait for the disk, as the others don't: what the waiting costs.
+job without a sync of each file, as the others have none: what waiting for the disk costs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CLIENTS = ("job", "unsynced", "s5cmd", "boto3")
 NOTES = """
 The job compares what it downloads with the checksum that is stored with the object (here CRC-32 of the large one's
 parts, as boto3 has uploaded it), or else with the ETag's MD5, and syncs the files to the disk before it calls them
-done ("unsynced": it doesn't); what it uploads carries SHA-256 for the server to verify. boto3 uploads with its default
+done ("unsynced": no file is); what it uploads carries SHA-256 for the server to verify. boto3 uploads with its default
 checksum, and verifies it on downloads that come in one answer. What s5cmd verifies was not examined. Neither s5cmd nor
 boto3 waits for the disk.
 """
@@ -66,7 +66,7 @@ def open_job(direction: str, folder: Path, uri: str) -> Callable[[], object]:
 
 
 def open_unsynced(direction: str, folder: Path, uri: str) -> Callable[[], object]:
-    """Return the same, without waiting for the disk."""
+    """Return the same, without a sync of each file."""
     import job.storage.transfer
 
     job.storage.transfer.sync = lambda _: None
