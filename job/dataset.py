@@ -105,6 +105,7 @@ def prepare_dataset(
     context_tokens = read_context_tokens(configuration)
     max_length, source = _max_length(settings.data, train, context_tokens)
     chosen = _choose(settings, inputs, train, evaluation, max_length)
+    row_tokens = chosen.train[:, 2] - chosen.train[:, 1]
     facts = DataFacts(
         model_revision=inputs.base_model.revision,
         model_type=str(configuration.get("model_type", "unknown")),
@@ -114,7 +115,8 @@ def prepare_dataset(
         truncation=settings.data.truncation,
         train_rows=len(chosen.train),
         eval_rows=len(chosen.held_out),
-        train_tokens=int((chosen.train[:, 2] - chosen.train[:, 1]).sum()),
+        train_tokens=int(row_tokens.sum()),
+        row_tokens=row_tokens,
         supervised_tokens=chosen.supervised_tokens,
         chat_template=_name_template(inputs, tokenizer),
         new_tokens=[] if template is None else [token.text for token in template.new_tokens],

@@ -4,12 +4,13 @@
 where it came from, and what a person should be warned of.
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from job.batch import choose_global_batch, choose_micro_batch
 from job.choices import Choices, setting_source
 from job.errors import ConfigError
 from job.memory.estimate import MemoryEstimate
@@ -35,11 +36,12 @@ from job.schedule import (
 )
 from job.settings import Settings
 from job.settings_groups import CheckpointSettings, TrainSettings
+from job.stream import micro_batch_counter
 from job.support import VARLEN_MODEL_TYPES, Attention, Device, Engine, Quantization, why_not_paged_adamw, why_not_varlen
 
-_DEFAULT_GLOBAL_BATCH_SIZE = 8
-_MAX_AUTO_MICRO_BATCH_SIZE = 8
-_MAX_AUTO_MICRO_BATCH_TOKENS = 4096
+if TYPE_CHECKING:
+    import numpy as np
+
 
 # Architectures whose attention transformers builds from position ids, so that documents joined into one sequence don't
 # see each other. Others are padded unless SFT_TRAIN__PACKING=true; the worker proves the isolation either way.
@@ -84,6 +86,7 @@ class TrainPlan(BaseModel):
     threads_per_process: int
 
     micro_batch_size: int
+    micro_batch_tokens: int  # of the largest; padding counts
     gradient_accumulation_steps: int
     global_batch_size: int  # sequences: micro batch x gradient accumulation x world size
     steps: int
@@ -93,7 +96,7 @@ class TrainPlan(BaseModel):
     scheduler: Scheduler
     optimizer: Literal["adamw", "paged_adamw_8bit"]
     max_grad_norm: float
-    gradient_checkpointing: bool
+    gradient_checkpointing: float  # share of the layers, the first ones, whose activations are computed twice
     loss: Literal["full", "chunked", "liger"]
     early_stopping_patience: int | None  # evaluations
     eval_interval_steps: int | None  # None without early stopping
@@ -117,8 +120,9 @@ class TrainPlan(BaseModel):
 class DataFacts:
     """What the plan must know of the base model and of the tokenised rows that were kept.
 
-    `chat_template` names it for people: "the tokenizer's own", "chatml", "none". `new_tokens` are those that it adds.
-    `stored_quantization` is that of the base model's weights.
+    `row_tokens` (N,) are those of each training row; None: any may be as long as is allowed. `chat_template` names it
+    for people: "the tokenizer's own", "chatml", "none". `new_tokens` are those that it adds. `stored_quantization` is
+    that of the base model's weights.
     """
 
     model_revision: str
@@ -132,6 +136,7 @@ class DataFacts:
     eval_rows: int
     train_tokens: int
     supervised_tokens: int
+    row_tokens: "np.ndarray | None" = None
     new_tokens: list[str] = field(default_factory=list)
     stored_quantization: Quantization = "none"
 
@@ -149,21 +154,17 @@ def make_plan(settings: Settings, parallel: ParallelPlan, data: DataFacts) -> Tr
     _choose_model(choices, settings, data)
     _note_data(choices, settings, data)
     _choose_attention(choices, settings, data, parallel)
-    _choose_batch(choices, settings.train, parallel.world_size, data.max_length_tokens)
+    choose_global_batch(choices, settings.train, parallel.world_size)
     _choose_length(choices, settings.train, data.train_rows)
     _choose_learning(choices, settings.train, parallel.device)
-    choose_what_fits(choices, settings, data.shape, parallel.available_bytes)
+    count_tokens = cache(micro_batch_counter(choices.values, data.row_tokens))
+    choose_micro_batch(choices, settings.train, parallel.world_size, count_tokens)
+    choose_what_fits(choices, settings, data.shape, parallel.available_bytes, count_tokens)
     _choose_early_stopping(choices, settings.train, data)
     _choose_checkpoints(choices, settings.checkpoint)
     choices.warnings += warn_of_lost_checkpoints(settings.output.uri, settings.checkpoint.uri)
     _warn(choices, settings.train, data.train_rows, parallel.world_size)
     return TrainPlan(**choices.values, sources=choices.sources, warnings=choices.warnings)
-
-
-def choose_micro_batch_size(sequences_per_process: int, max_length_tokens: int) -> int:
-    """Return the largest divisor of a process's share of the global batch that stays within both limits."""
-    most = max(1, min(_MAX_AUTO_MICRO_BATCH_SIZE, _MAX_AUTO_MICRO_BATCH_TOKENS // max_length_tokens))
-    return max(size for size in range(1, most + 1) if sequences_per_process % size == 0)
 
 
 def _choose_model(choices: Choices, settings: Settings, data: DataFacts) -> None:
@@ -200,31 +201,6 @@ def _choose_attention(choices: Choices, settings: Settings, data: DataFacts, par
         parallel.device, parallel.dtype, parallel.compute_capability, data.shape, by_document=lacking is None
     )
     choices.take("attn_implementation", settings.model, "attn_implementation", auto=attention, why=why)
-
-
-def _choose_batch(choices: Choices, train: TrainSettings, world_size: int, max_length_tokens: int) -> None:
-    """Choose the global batch, which decides what is learned, and then the micro batch, which must fit into it."""
-    multiple = batch_multiple(train, world_size)
-    asked, source = choices.find(train, "global_batch_size")
-    if asked == "auto":
-        asked, source = _DEFAULT_GLOBAL_BATCH_SIZE, "auto"
-    global_batch_size = math.ceil(asked / multiple) * multiple  # what is given was checked by plan_parallel
-    if global_batch_size != asked:
-        source += f": {asked}, rounded up to a multiple of {multiple} for {_name_split(train, world_size)}"
-    choices.put("global_batch_size", global_batch_size, source)
-
-    share = global_batch_size // world_size
-    micro, source = choices.find(train, "micro_batch_size")
-    if micro == "auto" or share % micro:
-        why = f"auto: up to {_MAX_AUTO_MICRO_BATCH_SIZE} within {_MAX_AUTO_MICRO_BATCH_TOKENS} tokens"
-        source = why if micro == "auto" else f"{why}; {source} names {micro}, which doesn't divide {share}"
-        micro = choose_micro_batch_size(share, max_length_tokens)
-    choices.put("micro_batch_size", micro, source)  # what is started from: less if no more fits
-
-
-def _name_split(train: TrainSettings, world_size: int) -> str:
-    shown = f"{world_size} process{'es' if world_size > 1 else ''}"
-    return shown if train.micro_batch_size == "auto" else f"{shown} in micro batches of {train.micro_batch_size}"
 
 
 def _choose_length(choices: Choices, train: TrainSettings, train_rows: int) -> None:

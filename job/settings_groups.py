@@ -147,7 +147,8 @@ class TrainSettings(Group):
     )
     micro_batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = Field(
         "auto",
-        description="Sequences per process in one forward pass; auto: up to 8 within 4,096 tokens, as far as they fit",
+        description="Sequences per process in one forward pass; auto: as many as never have more than 4,096 tokens "
+        "(padded ones 8 at most), as far as they fit",
         json_schema_extra=unit_of("sequences"),
     )
     packing: bool | Auto = Field(
@@ -161,13 +162,15 @@ class TrainSettings(Group):
     max_grad_norm: float = Field(
         1.0, gt=0, le=1e6, description="Gradients are clipped to this norm", json_schema_extra=unit_of("L2 norm")
     )
-    gradient_checkpointing: bool | Auto = Field(
-        "auto", description="Recompute activations to save memory; auto: where the plan doesn't fit without"
+    gradient_checkpointing: bool | Annotated[float, Field(ge=0, le=1)] | Auto = Field(
+        "auto",
+        description="Recompute activations to save memory, of all layers, none or that share of them; auto: of as few "
+        "as the memory allows",
     )
     loss: Literal["auto", "full", "chunked", "liger"] = Field(
         "auto",
         description="How the loss is computed: over all logits at once, over chunks of the supervised tokens, or by "
-        "Liger's fused kernel (GPU); auto: full, or chunked where the logits take too much of the memory",
+        "Liger's fused kernel (GPU); auto: chunked, or full where the model's head is not known to allow it",
     )
     seed: int = Field(
         42,

@@ -25,10 +25,10 @@ VOCABULARY = 100
 ROWS = 24  # 16 to train on, 8 held out
 
 
-def save_llama(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32) -> Path:
+def save_llama(folder: Path, *, tied: bool, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
     """Save a random llama with its head tied to its embeddings, or not."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder

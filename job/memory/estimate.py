@@ -1,10 +1,11 @@
 """How much memory one training process needs, part by part: arithmetic on plain numbers, without a look at the machine.
 
 The counts are those of what PyTorch's autograd keeps for transformers' llama-like decoders under PEFT, read from their
-sources and compared with the measured peaks of real runs (tests/unit/test_memory.py). All sizes are in bytes, for the
-process that needs the most; the micro batch that counts is the largest possible, every row of `max_length_tokens`.
+sources and compared with the measured peaks of real runs (tests/unit/test_memory_peaks.py). All sizes are in bytes, for
+the process that needs the most; the micro batch that counts is the largest, of `micro_batch_tokens`.
 """
 
+import math
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,7 @@ LOSS_CHUNK_TOKENS = 1024
 # Documents of up to so many tokens are attended by plain products on a CPU in 16 bits.
 SHORT_TOKENS = 128
 
+_ROUNDING = 1e-6  # of a number of layers, as a share of floating point
 _MIB = 2**20
 _FLOAT32 = 4
 _BYTES_OF_QUANTIZED = {
@@ -33,7 +35,7 @@ _NCCL_BYTES = 256 * _MIB
 # glibc's heap keeps pages between what is alive: shares of what autograd keeps of all layers without checkpointing, and
 # layers' worth, as measured on a CPU; the larger counts. Recomputed layers leave it most: with checkpointing,
 # SmolLM2-135M took 3.4 GiB, and 1.7 GiB when every freed block went back at once. On a GPU a margin stands for it.
-_FRAGMENTS_OF_ALL_LAYERS = {False: 0.45, True: 0.75}  # by gradient checkpointing
+_FRAGMENTS_OF_KEPT_LAYERS, _FRAGMENTS_OF_CHECKPOINTED_LAYERS = 0.45, 0.75
 _FRAGMENTS_IN_LAYERS = 3.0
 # Logits of one position while the loss is computed: the log-probabilities, their gradient and that of the logits, all
 # float32 (transformers' ForCausalLMLoss upcasts); in 16 bits the forward pass has as much at its worst moment.
@@ -101,6 +103,11 @@ def estimate_memory(setup: Setup, shape: ModelShape, available_bytes: int) -> Me
     return MemoryEstimate(
         **parts, total_bytes=sum(parts.values()), available_bytes=available_bytes, is_partial=not shape.is_known
     )
+
+
+def count_checkpointed_layers(share: float, layers: int) -> int:
+    """Return how many of a model's layers a share of them is, at least that much."""
+    return math.ceil(share * layers - _ROUNDING)
 
 
 def overhead_bytes(device: Device, world_size: int) -> int:
@@ -186,17 +193,18 @@ def _activations(setup: Setup, shape: ModelShape) -> tuple[int, int]:
     """Return what is kept from the forward pass to the backward pass, and what one layer needs for its backward pass
     beside that."""
     layer, gradients = _layer(setup, shape)
-    final = setup.tokens * shape.hidden_size * _FLOAT32  # the last norm's input
-    if setup.gradient_checkpointing:
-        inputs = setup.tokens * shape.hidden_size * setup.itemsize
-        return final + shape.layers * inputs, layer + gradients
-    return final + shape.layers * layer, gradients
+    final = setup.micro_batch_tokens * shape.hidden_size * _FLOAT32  # the last norm's input
+    inputs = setup.micro_batch_tokens * shape.hidden_size * setup.itemsize
+    checkpointed = count_checkpointed_layers(setup.gradient_checkpointing, shape.layers)
+    kept = final + checkpointed * inputs + (shape.layers - checkpointed) * layer
+    # The first layers are computed again, when what was kept of the others is gone.
+    return kept, gradients if checkpointed < shape.layers else layer + gradients
 
 
 def _layer(setup: Setup, shape: ModelShape) -> tuple[int, int]:
     """Return what autograd keeps of one layer, and the gradients in and behind its widest part."""
-    kept = int(setup.tokens * _layer_bytes_of_token(setup, shape))
-    gradients = setup.tokens * (3 * shape.intermediate_size + 2 * shape.hidden_size) * _FLOAT32
+    kept = int(setup.micro_batch_tokens * _layer_bytes_of_token(setup, shape))
+    gradients = setup.micro_batch_tokens * (3 * shape.intermediate_size + 2 * shape.hidden_size) * _FLOAT32
     if setup.lora_dora:  # the weight with the adapter in it, and its norm
         gradients += 2 * _FLOAT32 * max(inputs * outputs for inputs, outputs in shape.linears().values())
     return kept, gradients
@@ -206,7 +214,9 @@ def _fragments(setup: Setup, shape: ModelShape) -> int:
     if setup.device == "cuda":
         return 0
     layer, gradients = _layer(setup, shape)
-    of_all = _FRAGMENTS_OF_ALL_LAYERS[setup.gradient_checkpointing] * shape.layers * layer
+    checkpointed = count_checkpointed_layers(setup.gradient_checkpointing, shape.layers)
+    of_all = _FRAGMENTS_OF_CHECKPOINTED_LAYERS * checkpointed * layer
+    of_all += _FRAGMENTS_OF_KEPT_LAYERS * (shape.layers - checkpointed) * layer
     return int(max(of_all, _FRAGMENTS_IN_LAYERS * (layer + gradients)))
 
 
@@ -222,7 +232,7 @@ def _attention_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
     # Rows that are joined or padded need a mask, with which keys and values are repeated for each head. Every layer
     # keeps a mask of its own: PyTorch turns it from booleans into numbers there.
     is_masked = setup.micro_batch_size > 1
-    attended = setup.tokens if setup.packing else setup.max_length_tokens
+    attended = setup.micro_batch_tokens if setup.packing else setup.max_length_tokens
     itemsize = setup.itemsize
     if setup.attn_implementation == "eager":
         probabilities = _FLOAT32 if itemsize == _FLOAT32 else _FLOAT32 + itemsize
@@ -267,8 +277,8 @@ def _input_of(name: str) -> int:
 
 def _logits(setup: Setup, shape: ModelShape) -> int:
     """Return what the loss needs for the logits and their gradient."""
-    hidden_gradient = setup.tokens * shape.hidden_size * _FLOAT32
-    tokens = setup.tokens
+    hidden_gradient = setup.micro_batch_tokens * shape.hidden_size * _FLOAT32
+    tokens = setup.micro_batch_tokens
     if setup.loss == "chunked":
         tokens = min(tokens, LOSS_CHUNK_TOKENS)
     elif (

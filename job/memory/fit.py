@@ -4,35 +4,20 @@ memory estimate. The first of the candidates that fits is taken, and they come w
 Nothing chosen here changes what is learned: the global batch and the order of rows are settled before.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from job.choices import Choices
-from job.errors import ConfigError
 from job.hardware import Hardware
 from job.log import format_bytes
-from job.memory.estimate import MemoryEstimate, estimate_memory
+from job.memory.candidates import Options, find_options
+from job.memory.estimate import LOSS_CHUNK_TOKENS, MemoryEstimate, estimate_memory
 from job.memory.model_shape import ModelShape
 from job.memory.setup import Setup, pick_setup
-from job.presets import is_given
 from job.settings import Settings
-from job.support import (
-    Device,
-    Engine,
-    why_not_attention,
-    why_not_dtype,
-    why_not_engine,
-    why_not_new_rows,
-    why_not_split,
-)
+from job.support import Device, why_not_attention
 
-# Models whose logits are what their head returns, neither scaled nor capped nor joined by a loss of routing, so that
-# the head can be applied to some tokens at a time. Read in transformers 5.23.
-PLAIN_HEADS = frozenset(
-    {"gemma", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"}
-)
-_SIZEABLE_LOGITS = 0.25  # of the memory there is: from here on it is better spent on something else
 _GPU_MARGIN = 0.06  # of a GPU's memory: the allocator's fragments, and what other programs hold
 _HOST_MARGIN = 0.1
 _OTHERS_ON_HOST_BYTES = 500 * 2**20  # the job's own process and the launcher
@@ -66,45 +51,25 @@ def choose_attention(
     return own, f"{why}; not flash_attention_2: {lacking}"
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What each value may be, the preferred one first; a single one where there is no choice."""
-
-    engines: list[tuple[Engine, bool]]  # with offload or not
-    micro_batch_sizes: list[int]
-    checkpointing: list[bool]
-    losses: list[str]
-
-    def candidates(self, start: Setup) -> Iterator[Setup]:
-        """Yield every combination, the preferred one first."""
-        for engine, offload in self.engines:
-            for micro in self.micro_batch_sizes:
-                for checkpointing in self.checkpointing:
-                    for loss in self.losses:
-                        yield replace(
-                            start,
-                            engine=engine,
-                            offload=offload,
-                            micro_batch_size=micro,
-                            gradient_checkpointing=checkpointing,
-                            loss=loss,
-                        )
-
-
-def choose_what_fits(choices: Choices, settings: Settings, shape: ModelShape, available: int) -> None:
+def choose_what_fits(
+    choices: Choices, settings: Settings, shape: ModelShape, available: int, count_tokens: Callable[[int], int]
+) -> None:
     """Note engine, offload, micro batch, accumulation, checkpointing, loss and the estimate of the memory they need.
 
-    The micro batch must stand there already: it is what is started from. Where nothing fits, the candidate that needs
-    the least is taken, with a warning: the estimate may be wrong.
+    The micro batch must stand there already: it is what is started from, and `count_tokens` says how many tokens the
+    largest of so many rows has. Where nothing fits, the candidate that needs the least is taken, with a warning: the
+    estimate may be wrong.
     """
+    values = choices.values
     start = pick_setup(
-        choices.values | {"engine": "ddp", "offload": False, "gradient_checkpointing": False, "loss": "full"}
+        values
+        | {"engine": "ddp", "offload": False, "micro_batch_tokens": 0, "gradient_checkpointing": 0.0, "loss": "full"}
     )
-    options = _find_options(choices, settings, start, shape)
+    options = find_options(choices, settings, start, shape, count_tokens)
     chosen = _choose(options, start, shape, available)
     estimate = estimate_memory(chosen, shape, available)
     _note(choices, settings, options, chosen, shape, estimate)
-    share = choices.values["global_batch_size"] // start.world_size
+    share = values["global_batch_size"] // start.world_size
     why = "global batch / (micro x processes of all nodes)"
     choices.put("gradient_accumulation_steps", share // chosen.micro_batch_size, why)
     choices.put("memory", estimate, "estimated for each process")
@@ -117,81 +82,17 @@ def choose_what_fits(choices: Choices, settings: Settings, shape: ModelShape, av
         )
 
 
-def _find_options(choices: Choices, settings: Settings, start: Setup, shape: ModelShape) -> _Options:
-    share = choices.values["global_batch_size"] // start.world_size
-    micro = start.micro_batch_size
-    smaller = [size for size in range(micro, 0, -1) if share % size == 0]
-    # On a GPU, what isn't known is better taken for too much than for too little.
-    is_unknown_on_gpu = start.device == "cuda" and not shape.is_known
-    losses = ["full", "chunked"] if shape.model_type in PLAIN_HEADS else ["full"]
-    return _Options(
-        engines=list(_find_engines(settings, start)),
-        micro_batch_sizes=[micro] if is_given(settings.train, "micro_batch_size") else smaller,
-        checkpointing=_one_or(
-            choices, settings, "gradient_checkpointing", [True] if is_unknown_on_gpu else [False, True]
-        ),
-        losses=_one_or(choices, settings, "loss", losses),
-    )
-
-
-def _one_or(choices: Choices, settings: Settings, name: str, alternatives: list[Any]) -> list[Any]:
-    value, _ = choices.find(settings.train, name)
-    return alternatives if value == "auto" else [value]
-
-
-def _find_engines(settings: Settings, start: Setup) -> Iterator[tuple[Engine, bool]]:
-    """Yield the engines that can be used here, the fastest first, each with offload or not.
-
-    Nothing is split by a single process; ZeRO-3 is then for offload alone. FSDP2 does the same as ZeRO-3, and is for
-    what that can't hold.
-    """
-    asked, offload = settings.parallel.engine, settings.parallel.offload
-    _refuse_to_split(start, asked, is_offload_asked=offload is True)
-    if asked != "auto":
-        usable: list[Engine] = [asked]
-    else:
-        wanted: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "fsdp2")
-        usable = [
-            engine
-            for engine in wanted
-            if why_not_engine(engine, start.device) is None
-            and why_not_dtype(engine, start.device, start.dtype) is None
-            and _why_not_split(engine, start) is None
-        ]
-    if offload is not True:
-        yield from ((engine, False) for engine in usable if asked != "auto" or engine == "ddp" or start.world_size > 1)
-    if "zero3" in usable and (offload is True or (offload == "auto" and start.device == "cuda")):
-        yield "zero3", True
-
-
-def _refuse_to_split(start: Setup, asked: Engine | Literal["auto"], *, is_offload_asked: bool) -> None:
-    """Raise ConfigError where weights can't be held as was asked for; they may be stored quantised."""
-    if asked != "auto" and (lacking := _why_not_split(asked, start)):
-        raise ConfigError(f"SFT_PARALLEL__ENGINE={asked}: {lacking}", hint="use ddp or zero2")
-    if is_offload_asked and (lacking := _why_not_split("zero3", start)):
-        raise ConfigError(f"SFT_PARALLEL__OFFLOAD=true: {lacking}", hint="leave it at auto")
-
-
-def _why_not_split(engine: Engine, start: Setup) -> str | None:
-    # Embeddings that are trained whole have the new rows in them; the worker looks at which modules these are.
-    rows = why_not_new_rows(engine) if start.new_tokens and not start.modules_to_save else None
-    return why_not_split(engine, start.quantization) or rows
-
-
-def _choose(options: _Options, start: Setup, shape: ModelShape, available: int) -> Setup:
-    """Return the first candidate that fits without wasting memory on logits, or else the one that needs the least."""
+def _choose(options: Options, start: Setup, shape: ModelShape, available: int) -> Setup:
+    """Return the first candidate that fits, or else the one that needs the least."""
     estimates = [(candidate, estimate_memory(candidate, shape, available)) for candidate in options.candidates(start)]
-    for candidate, estimate in estimates:
-        has_choice = candidate.loss == "full" and len(options.losses) > 1
-        if estimate.fits and not (has_choice and estimate.logits_bytes > _SIZEABLE_LOGITS * available):
-            return candidate
-    return min(estimates, key=lambda pair: pair[1].total_bytes)[0]
+    fitting = (candidate for candidate, estimate in estimates if estimate.fits)
+    return next(fitting, min(estimates, key=lambda pair: pair[1].total_bytes)[0])
 
 
 def _note(
     choices: Choices,
     settings: Settings,
-    options: _Options,
+    options: Options,
     chosen: Setup,
     shape: ModelShape,
     estimate: MemoryEstimate,
@@ -202,18 +103,20 @@ def _note(
     def explain(name: str, preferred: Any, why: str) -> str:
         if getattr(chosen, name) == preferred:
             return why
-        instead = estimate_memory(replace(chosen, **{name: preferred}), shape, estimate.available_bytes)
+        other = replace(chosen, **{name: preferred})
+        other = replace(other, micro_batch_tokens=options.micro_batches[other.micro_batch_size])
+        instead = estimate_memory(other, shape, estimate.available_bytes)
+        if instead.fits:
+            return f"{_write(preferred)} would be slower"
         return f"{_write(preferred)} would need {_compare(instead)} {where}"
 
     needed = f"{_compare(estimate)} {where}"
+    _note_micro_batch(choices, options, chosen, explain)
     engine, offload = options.engines[0]
     why = explain("engine", engine, needed)
     choices.take("engine", settings.parallel, "engine", auto=chosen.engine, why=why)
     why = explain("offload", offload, needed)
     choices.take("offload", settings.parallel, "offload", auto=chosen.offload, why=why)
-    if chosen.micro_batch_size != options.micro_batch_sizes[0]:
-        why = explain("micro_batch_size", options.micro_batch_sizes[0], "")
-        choices.put("micro_batch_size", chosen.micro_batch_size, f"auto: {why}")
     why = explain("gradient_checkpointing", options.checkpointing[0], needed)
     if not shape.is_known and len(options.checkpointing) == 1:
         why = f"what {shape.model_type} needs is not known"
@@ -224,12 +127,29 @@ def _note(
         auto=chosen.gradient_checkpointing,
         why=why,
     )
-    why = explain("loss", options.losses[0], f"the logits take {format_bytes(estimate.logits_bytes)}")
-    choices.take("loss", settings.train, "loss", auto=chosen.loss, why=why)
+    choices.take("loss", settings.train, "loss", auto=chosen.loss, why=_explain_loss(options, chosen, shape))
+
+
+def _note_micro_batch(
+    choices: Choices, options: Options, chosen: Setup, explain: Callable[[str, Any, str], str]
+) -> None:
+    micro, most = chosen.micro_batch_size, chosen.micro_batch_size * chosen.max_length_tokens
+    if micro != (first := next(iter(options.micro_batches))):
+        choices.put("micro_batch_size", micro, f"auto: {explain('micro_batch_size', first, '')}")
+    source = "micro batch x max_length" if chosen.micro_batch_tokens == most else "the largest micro batch of the run"
+    choices.put("micro_batch_tokens", chosen.micro_batch_tokens, source)
+
+
+def _explain_loss(options: Options, chosen: Setup, shape: ModelShape) -> str:
+    if chosen.loss == "chunked":
+        return f"the logits of {LOSS_CHUNK_TOKENS:,} supervised tokens at a time"
+    if len(options.losses) == 1:
+        return f"the head of {shape.model_type} is not known to be all that makes its logits"
+    return f"{chosen.engine} would gather the head for each chunk"
 
 
 def _write(value: object) -> str:
-    return f"{value}".lower()
+    return "none" if value == 0.0 and value is not False else f"{value}".lower()
 
 
 def _compare(estimate: MemoryEstimate) -> str:
@@ -244,7 +164,7 @@ def _warn_of_too_much(chosen: Setup, shape: ModelShape, estimate: MemoryEstimate
         remedies.append(f"SFT_QUANTIZATION=nf4 (with ddp: {_compare(needed)})")
     if chosen.micro_batch_size > 1:
         remedies.append("SFT_TRAIN__MICRO_BATCH_SIZE=1")
-    if not chosen.gradient_checkpointing:
+    if chosen.gradient_checkpointing < 1:
         remedies.append("SFT_TRAIN__GRADIENT_CHECKPOINTING=true")
     remedies.append("a larger GPU or more of them" if chosen.device == "cuda" else "more memory")
     return f"training may run out of memory, by the estimate: {estimate.describe()}; remedies: {', '.join(remedies)}"

@@ -29,7 +29,7 @@ class MemoryFound(BaseModel):
     engine: Engine
     world_size: int
     micro_batch_size: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: float
     loss: Literal["full", "chunked", "liger"]
 
 
@@ -77,8 +77,8 @@ def apply_memory_found(plan: TrainPlan, found: MemoryFound) -> TrainPlan:
     share = plan.micro_batch_size * plan.gradient_accumulation_steps
     if found.micro_batch_size < plan.micro_batch_size and share % found.micro_batch_size == 0:
         values["micro_batch_size"] = found.micro_batch_size
-    if found.gradient_checkpointing and not plan.gradient_checkpointing:
-        values["gradient_checkpointing"] = True
+    if found.gradient_checkpointing > plan.gradient_checkpointing:
+        values["gradient_checkpointing"] = found.gradient_checkpointing
     if found.loss == "chunked" and plan.loss == "full":
         values["loss"] = "chunked"
     if not values:

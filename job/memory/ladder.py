@@ -5,6 +5,7 @@ the beginning. What was found is kept in the workplace for a retry, until the ad
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from job.errors import ConfigError, OutOfMemoryError, ResourcesError, UnavailableError
 from job.handover import RunFolder
@@ -22,6 +23,7 @@ from job.memory.smaller_plan import take_smaller_step
 from job.nodes.peers import AttemptEndedError, Peers
 from job.plan import TrainPlan
 from job.prepared import Prepared
+from job.stream import micro_batch_counter
 
 
 def train_within_memory(
@@ -67,9 +69,11 @@ def _begin_where_a_start_left_off(prepared: Prepared, folder: RunFolder, peers: 
 
 def _hand_over_again(prepared: Prepared, folder: RunFolder, plan: TrainPlan) -> Prepared:
     logger.warning("%s", plan.warnings[-1])
-    setup = pick_setup(plan.model_dump())
-    memory = estimate_memory(setup, prepared.dataset.facts.shape, plan.memory.available_bytes)
-    return prepared.hand_over_again(folder, plan.model_copy(update={"memory": memory}))
+    facts, values = prepared.dataset.facts, plan.model_dump()
+    tokens = micro_batch_counter(values, facts.row_tokens)(plan.micro_batch_size)
+    setup = replace(pick_setup(values), micro_batch_tokens=tokens)
+    memory = estimate_memory(setup, facts.shape, plan.memory.available_bytes)
+    return prepared.hand_over_again(folder, plan.model_copy(update={"micro_batch_tokens": tokens, "memory": memory}))
 
 
 def _train(

@@ -24,7 +24,8 @@ class Setup:
     packing: bool
     max_length_tokens: int
     micro_batch_size: int
-    gradient_checkpointing: bool
+    micro_batch_tokens: int
+    gradient_checkpointing: float
     loss: str
     optimizer: str
     lora_r: int
@@ -43,11 +44,6 @@ class Setup:
     def itemsize(self) -> int:
         """Bytes of a number in the precision of weights and arithmetic."""
         return _BYTES_OF_DTYPE[self.dtype]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the largest micro batch."""
-        return self.micro_batch_size * self.max_length_tokens
 
 
 def pick_setup(values: Mapping[str, Any]) -> Setup:

@@ -25,12 +25,12 @@ def take_smaller_step(plan: TrainPlan) -> TrainPlan | None:
             warning=f"out of memory with {name}={micro}: trying {half} x {share // half} (micro batch x accumulation); "
             f"the global batch stays {plan.global_batch_size}",
         )
-    if not plan.gradient_checkpointing:
+    if (layers := plan.gradient_checkpointing) < 1:
         return lower(
             plan,
-            {"gradient_checkpointing": True},
-            source="out of memory without",
-            warning="out of memory with a micro batch of 1: trying gradient checkpointing, which is slower",
+            {"gradient_checkpointing": 1.0},
+            source=f"out of memory with {layers:g} of the layers" if layers else "out of memory without",
+            warning="out of memory with a micro batch of 1: trying gradient checkpointing of all layers, a slower way",
         )
     if plan.loss == "full":
         return lower(

@@ -28,7 +28,7 @@ PLAN_SECTIONS = {
         "packing",
     ),
     "Parallel": ("device", "engine", "offload", "nodes", "processes", "threads_per_process"),
-    "Batch": ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+    "Batch": ("micro_batch_size", "micro_batch_tokens", "gradient_accumulation_steps", "global_batch_size"),
     "Schedule": (
         "steps",
         "epochs",

@@ -1,7 +1,6 @@
 """Rows of token ids for training: memory-mapped, in an order that depends on seed and batch size alone, and joined
 into micro batches with or without padding."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from job.errors import InternalError
+from job.stream import iterate_stream
 
 IGNORED = -100  # label of a token that isn't supervised
 _SHOWN_PLACES = 20
@@ -100,10 +100,9 @@ def _read(column: pa.ChunkedArray, row: int, start: int, stop: int) -> torch.Ten
 
 
 class StreamSampler(Sampler[int]):
-    """Row indices for a whole run: one shuffled pass after the other, cut at `steps` x `global_batch_size`.
+    """Row indices for a whole run of `steps` x `global_batch_size`, in the order of `iterate_stream`.
 
-    Step s learns from positions s * global_batch_size onwards, however many processes share them; the last step is
-    filled from the next pass. A run that goes on begins after `start_step` steps, where another has stopped.
+    A run that goes on begins after `start_step` steps, where another has stopped.
     """
 
     def __init__(self, rows: int, *, steps: int, global_batch_size: int, seed: int, start_step: int = 0) -> None:
@@ -116,10 +115,8 @@ class StreamSampler(Sampler[int]):
         return self._stop - self._start
 
     def __iter__(self) -> Iterator[int]:
-        for number in range(self._start // self._rows, math.ceil(self._stop / self._rows)):
-            order = np.random.default_rng([self._seed, number]).permutation(self._rows)
-            position = number * self._rows  # of this pass
-            yield from order[max(0, self._start - position) : self._stop - position].tolist()
+        for order in iterate_stream(self._rows, self._start, self._stop, seed=self._seed):
+            yield from order.tolist()
 
 
 def _labels_of(row: Row) -> torch.Tensor:

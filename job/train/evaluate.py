@@ -32,10 +32,11 @@ def evaluate_rows(
     sums = torch.zeros((len(rows), 2), dtype=torch.float64)
     was_training = model.training
     model.eval()
-    stride = plan.micro_batch_size * plan.world_size
+    # No more tokens than the estimate of the memory knows.
+    size = max(1, min(plan.micro_batch_size, plan.micro_batch_tokens // int(rows.lengths().max())))
     mine = range(rank, len(rows), plan.world_size)
-    for turn in range(math.ceil(len(rows) / stride)):  # as often on every process: an engine may gather weights in it
-        indices = mine[turn * plan.micro_batch_size : (turn + 1) * plan.micro_batch_size]
+    for turn in range(math.ceil(len(rows) / (size * plan.world_size))):  # an engine may gather weights in it: as often
+        indices = mine[turn * size : (turn + 1) * size]  # on every process
         taken = [rows[index] for index in indices or [0]]
         batch = move_batch(collate(taken), device)
         labels = batch.pop("labels")  # (B, T)

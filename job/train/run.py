@@ -46,7 +46,7 @@ from job.train.peak_memory import compare_with_estimate, measure_peak
 from job.train.samples import Answerer
 from job.train.stepping import StepControl
 from job.train.trackers import Trackers
-from job.train.trainer import StreamTrainer, training_arguments
+from job.train.trainer import StreamTrainer, keep_activations_of_last_layers, training_arguments
 from job.train.varlen import JoinRows
 
 
@@ -115,6 +115,7 @@ def train(
         leave_hangs_to_the_job()
         pulse.beat()
         check_prepared(plan, trainer.model_wrapped)
+        keep_activations_of_last_layers(model, plan.gradient_checkpointing)
         if checkpoint is not None:
             trainer.count_from_start_step()
             settle_gradient_buckets(plan, trainer, collate([train_rows[0]]))

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from job.memory.estimate import count_checkpointed_layers
 from job.plan import TrainPlan
 from job.support import uses_deepspeed
 from job.train.dataset import StreamSampler, TokenRows
@@ -37,7 +40,7 @@ def training_arguments(plan: TrainPlan, scratch: Path, *, run_name: str) -> Trai
         fp16=plan.dtype == "float16",
         # DeepSpeed finds the CPU by itself (DS_ACCELERATOR); with use_cpu, accelerate would run plain DDP in its place.
         use_cpu=plan.device == "cpu" and not uses_deepspeed(plan.engine),
-        gradient_checkpointing=plan.gradient_checkpointing,  # on by default
+        gradient_checkpointing=plan.gradient_checkpointing > 0,  # on by default
         gradient_checkpointing_kwargs={"use_reentrant": False},
         average_tokens_across_devices=True,  # every supervised token of the global batch weighs the same
         ddp_backend=("nccl" if plan.device == "cuda" else "gloo") if is_distributed else None,
@@ -58,6 +61,18 @@ def training_arguments(plan: TrainPlan, scratch: Path, *, run_name: str) -> Trai
         disable_tqdm=True,
         seed=plan.seed,
     )
+
+
+def keep_activations_of_last_layers(model: nn.Module, share: float) -> None:
+    """Have only the first layers, a `share` of them, compute their activations again, once the Trainer has switched
+    gradient checkpointing on for all.
+
+    The first, because the others' activations are gone when these come back. A model that knows gradient checkpointing
+    as a whole only, keeps none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[count_checkpointed_layers(share, len(layers)) :]:
+        layer.gradient_checkpointing = False
 
 
 def _optimizer_name(plan: TrainPlan) -> str:

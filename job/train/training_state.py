@@ -32,7 +32,7 @@ class Setup(BaseModel):
     dtype: str
     optimizer: str
     loss: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: float
     attn_implementation: str
     packages: str
 

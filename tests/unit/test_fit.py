@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from test_memory import LLAMA_8B, LLAMA_8B_PARAMETERS
 
@@ -53,36 +54,84 @@ def choices(plan: TrainPlan) -> tuple[Any, ...]:
 def test_what_fits_is_left_fast(plan_for: PlanFor) -> None:
     for hardware in ({}, {"gpus": 1}, {"gpus": 2}):
         plan = plan_for(hardware)
-        assert choices(plan) == ("ddp", False, 8 // plan.processes, False, "full")
+        assert choices(plan) == ("ddp", False, 8 // plan.processes, 0, "chunked")
         assert plan.memory.fits
         room = "of 57.1 GiB for each process" if plan.device == "cpu" else "of 75.2 GiB on each GPU"
         for name in ("engine", "offload", "gradient_checkpointing"):
             assert plan.sources[name].startswith("auto: ")
             assert plan.sources[name].endswith(room)
-        assert plan.sources["loss"].startswith("auto: the logits take ")
+        assert plan.sources["loss"] == "auto: the logits of 1,024 supervised tokens at a time"
         assert plan.warnings == []
 
 
 def test_a_gpu_of_80_gib_trains_8b(plan_8b: PlanFor) -> None:
     plan = plan_8b(1, 80)
-    assert choices(plan)[:4] == ("ddp", False, 4, False)
-    small = plan_8b(1, 40)
-    assert choices(small) == ("ddp", False, 4, True, "full")
-    assert "false would need" in small.sources["gradient_checkpointing"]
-    assert small.sources["gradient_checkpointing"].endswith("of 37.6 GiB on each GPU")
+    assert choices(plan) == ("ddp", False, 4, 0, "chunked")
+    assert plan_8b(1, 80, TRAIN__LOSS="full").loss == "full"
 
 
-def test_logits_that_take_much_are_chunked(plan_8b: PlanFor) -> None:
-    plan = plan_8b(1, 24)
-    assert (plan.loss, plan.gradient_checkpointing) == ("chunked", True)
-    assert plan.sources["loss"].startswith("auto: full would need ")
-    assert plan_8b(1, 24, TRAIN__LOSS="full").loss == "full"
+def test_no_more_layers_are_checkpointed_than_the_memory_asks_for(plan_8b: PlanFor) -> None:
+    shares = []
+    settings: dict[str, object] = {"TRAIN__MICRO_BATCH_SIZE": 4, "PARALLEL__OFFLOAD": "false"}
+    for gib in range(80, 20, -4):
+        plan = plan_8b(1, gib, **settings)
+        assert plan.memory.fits
+        shares.append(plan.gradient_checkpointing)
+        if share := plan.gradient_checkpointing:
+            assert plan.sources["gradient_checkpointing"].startswith("auto: none would need ")
+            assert plan.sources["gradient_checkpointing"].endswith(" on each GPU")
+            fewer = plan_8b(1, gib, **settings, TRAIN__GRADIENT_CHECKPOINTING=share - 1 / 8)
+            assert not fewer.memory.fits
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 4
+    assert (shares[0], shares[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize(("setting", "share"), [("true", 1), ("false", 0), (0.5, 0.5), (1, 1), (0, 0)])
+def test_a_share_of_the_layers_can_be_asked_for(setting: object, share: float, plan_8b: PlanFor) -> None:
+    plan = plan_8b(1, 40, TRAIN__GRADIENT_CHECKPOINTING=setting)
+    assert plan.gradient_checkpointing == share
+    assert plan.sources["gradient_checkpointing"] == "SFT_TRAIN__GRADIENT_CHECKPOINTING"
+    with pytest.raises(ConfigError, match=r"SFT_TRAIN__GRADIENT_CHECKPOINTING=1\.5"):
+        plan_8b(1, 40, TRAIN__GRADIENT_CHECKPOINTING=1.5)
+
+
+def test_a_smaller_micro_batch_is_preferred_to_computing_layers_twice(plan_for: PlanFor) -> None:
+    shape = read_model_shape(LLAMA_8B, 2 * LLAMA_8B_PARAMETERS)
+    data = {"shape": shape, "max_length_tokens": 1024, "train_rows": 100, "train_tokens": 90_000}
+    plan = plan_for({"gpus": 1, "gpu_gib": 40}, data)
+    assert (plan.micro_batch_size, plan.gradient_checkpointing) == (2, 0)
+    assert plan.sources["micro_batch_size"].startswith("auto: 4 would need ")
+    # Rows so short that reading the weights for each two of them would take longer than computing layers twice.
+    short = plan_for({"gpus": 1, "gpu_gib": 40}, data | {"train_tokens": 10_000})
+    assert short.micro_batch_size == 4
+    assert 0 < short.gradient_checkpointing < 1
+
+
+def test_an_engine_that_gathers_weights_gathers_the_head_once(plan_70b: PlanFor) -> None:
+    plan = plan_70b(8, 80)
+    assert (plan.engine, plan.loss) == ("zero3", "full")
+    assert plan.sources["loss"] == "auto: zero3 would gather the head for each chunk"
+
+
+def test_micro_batches_are_as_large_as_the_rows_allow(plan_for: PlanFor) -> None:
+    lengths = np.full(100, 100)
+    lengths[7] = 2000
+    data = {"max_length_tokens": 2000, "row_tokens": lengths, "train_tokens": int(lengths.sum())}
+    plan = plan_for({}, data)
+    assert (plan.micro_batch_size, plan.micro_batch_tokens) == (8, 2700)
+    assert plan.sources["micro_batch_tokens"] == "the largest micro batch of the run"
+    padded = plan_for({}, data, TRAIN__PACKING="false")
+    assert (padded.micro_batch_size, padded.micro_batch_tokens) == (2, 4000)
+    assert padded.sources["micro_batch_tokens"] == "micro batch x max_length"
+    assert plan.memory.total_bytes < padded.memory.total_bytes
 
 
 def test_a_head_that_is_not_plain_is_never_chunked(plan_for: PlanFor) -> None:
     shape = read_model_shape(LLAMA_8B | {"model_type": "granite"}, 2 * LLAMA_8B_PARAMETERS)
     plan = plan_for({"gpus": 1, "gpu_gib": 24}, {"shape": shape, "max_length_tokens": 2048, "model_type": "granite"})
     assert plan.loss == "full"
+    assert plan.sources["loss"] == "auto: the head of granite is not known to be all that makes its logits"
     assert plan.micro_batch_size == 1
 
 

@@ -28,7 +28,7 @@ from job.prepared import Prepared
 from job.storage.local import LocalStore
 
 PlanFor = Callable[..., TrainPlan]
-Step = tuple[int, int, bool, str]  # micro batch, accumulation, checkpointing, loss
+Step = tuple[int, int, float, str]  # micro batch, accumulation, checkpointing, loss
 MEMORY = Path("checkpoint") / "memory.json"
 
 
@@ -49,38 +49,38 @@ def all_steps(plan: TrainPlan) -> Iterator[TrainPlan]:
         (
             {"TRAIN__MICRO_BATCH_SIZE": 8},
             [
-                (8, 1, False, "full"),
-                (4, 2, False, "full"),
-                (2, 4, False, "full"),
-                (1, 8, False, "full"),
-                (1, 8, True, "full"),
-                (1, 8, True, "chunked"),
+                (8, 1, 0, "full"),
+                (4, 2, 0, "full"),
+                (2, 4, 0, "full"),
+                (1, 8, 0, "full"),
+                (1, 8, 1, "full"),
+                (1, 8, 1, "chunked"),
             ],
         ),
         (
             {"TRAIN__MICRO_BATCH_SIZE": 6, "TRAIN__GLOBAL_BATCH_SIZE": 12, "TRAIN__GRADIENT_CHECKPOINTING": "true"},
-            [(6, 2, True, "full"), (3, 4, True, "full"), (1, 12, True, "full"), (1, 12, True, "chunked")],
+            [(6, 2, 1, "full"), (3, 4, 1, "full"), (1, 12, 1, "full"), (1, 12, 1, "chunked")],
         ),
         (
             {"TRAIN__MICRO_BATCH_SIZE": 5, "TRAIN__GLOBAL_BATCH_SIZE": 30, "PARALLEL__PROCESSES": 3},
             [
-                (5, 2, False, "full"),
-                (2, 5, False, "full"),
-                (1, 10, False, "full"),
-                (1, 10, True, "full"),
-                (1, 10, True, "chunked"),
+                (5, 2, 0, "full"),
+                (2, 5, 0, "full"),
+                (1, 10, 0, "full"),
+                (1, 10, 1, "full"),
+                (1, 10, 1, "chunked"),
             ],
         ),
         (
             {"TRAIN__MICRO_BATCH_SIZE": 1, "TRAIN__GRADIENT_CHECKPOINTING": "true", "TRAIN__LOSS": "chunked"},
-            [(1, 8, True, "chunked")],
+            [(1, 8, 1, "chunked")],
         ),
     ],
 )
 def test_every_step_is_smaller_and_the_global_batch_stays(
     plan_for: PlanFor, settings: dict[str, Any], steps: list[Step]
 ) -> None:
-    plans = list(all_steps(plan_for(**settings)))
+    plans = list(all_steps(plan_for(**{"TRAIN__LOSS": "full"} | settings)))
     assert [step_of(plan) for plan in plans] == steps
     for before, after in pairwise(plans):
         assert after.warnings[:-1] == before.warnings
@@ -167,8 +167,8 @@ def prepare(
     def make(*, run_id: str = "run", hardware: Hardware | None = None, **settings: object) -> Prepared:
         slot = LocalStore(str(tmp_path / "slot"), setting="SFT_OUTPUT__URI")
         inputs, nothing = cast(Any, SimpleNamespace(run_id=run_id)), cast(Any, None)
-        dataset = cast(Any, SimpleNamespace(facts=SimpleNamespace(shape=small_shape)))
-        plan = plan_for(**({"TRAIN__MICRO_BATCH_SIZE": 4} | settings))
+        dataset = cast(Any, SimpleNamespace(facts=SimpleNamespace(shape=small_shape, row_tokens=None)))
+        plan = plan_for(**({"TRAIN__MICRO_BATCH_SIZE": 4, "TRAIN__LOSS": "full"} | settings))
         prepared = Handed(nothing, hardware or machine(), inputs, tmp_path, nothing, dataset, plan, slot, nothing, slot)
         folder = RunFolder(tmp_path / "run")
         shutil.rmtree(folder.root, ignore_errors=True)
@@ -211,7 +211,7 @@ def test_goes_down_until_it_fits(prepare: Any, play: Any, tmp_path: Path) -> Non
         "engine": "ddp",
         "world_size": 1,
         "micro_batch_size": 1,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": 0.0,
         "loss": "full",
     }
 
@@ -362,15 +362,15 @@ def test_a_slot_that_can_not_be_written_costs_a_warning(
 def test_a_plan_never_goes_up(plan_for: PlanFor) -> None:
     plan = plan_for(TRAIN__MICRO_BATCH_SIZE=2, TRAIN__GRADIENT_CHECKPOINTING="true", TRAIN__LOSS="chunked")
     found = {"run_id": "run", "device": "CPU", "engine": "ddp", "world_size": 1, "loss": "full"}
-    higher = MemoryFound.model_validate(found | {"micro_batch_size": 4, "gradient_checkpointing": False})
+    higher = MemoryFound.model_validate(found | {"micro_batch_size": 4, "gradient_checkpointing": 0.0})
     assert apply_memory_found(plan, higher) is plan
-    undividable = MemoryFound.model_validate(found | {"micro_batch_size": 3, "gradient_checkpointing": True})
-    bigger = plan_for(TRAIN__MICRO_BATCH_SIZE=4)
-    assert step_of(apply_memory_found(bigger, undividable)) == (4, 2, True, "full")
+    undividable = MemoryFound.model_validate(found | {"micro_batch_size": 3, "gradient_checkpointing": 1.0})
+    bigger = plan_for(TRAIN__MICRO_BATCH_SIZE=4, TRAIN__LOSS="full")
+    assert step_of(apply_memory_found(bigger, undividable)) == (4, 2, 1, "full")
     lowest = MemoryFound.model_validate(
-        found | {"micro_batch_size": 1, "gradient_checkpointing": True, "loss": "chunked"}
+        found | {"micro_batch_size": 1, "gradient_checkpointing": 1.0, "loss": "chunked"}
     )
-    assert step_of(apply_memory_found(bigger, lowest)) == (1, 8, True, "chunked")
+    assert step_of(apply_memory_found(bigger, lowest)) == (1, 8, 1, "chunked")
 
 
 @dataclass

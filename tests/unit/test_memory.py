@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from job.memory.estimate import LOSS_CHUNK_TOKENS, MemoryEstimate, estimate_memory, overhead_bytes
+from job.memory.estimate import (
+    LOSS_CHUNK_TOKENS,
+    MemoryEstimate,
+    count_checkpointed_layers,
+    estimate_memory,
+    overhead_bytes,
+)
 from job.memory.model_shape import ModelShape, read_model_shape
 from job.memory.setup import Setup, pick_setup
 from job.plan import TrainPlan
@@ -36,7 +42,8 @@ SETUP = Setup(
     packing=True,
     max_length_tokens=1024,
     micro_batch_size=4,
-    gradient_checkpointing=True,
+    micro_batch_tokens=4096,
+    gradient_checkpointing=1.0,
     loss="full",
     optimizer="adamw",
     lora_r=16,
@@ -46,7 +53,7 @@ SETUP = Setup(
     modules_to_save=[],
 )
 
-KEPT: dict[str, Any] = {"gradient_checkpointing": False}  # what autograd keeps, of all layers
+KEPT: dict[str, Any] = {"gradient_checkpointing": 0.0}  # what autograd keeps, of all layers
 
 
 @pytest.fixture
@@ -88,7 +95,7 @@ def test_of_what_is_not_known_the_weights_are_counted(configuration: dict[str, o
         {},
         {"quantization": "nf4"},
         {"engine": "zero3", "processes": 2},
-        {"gradient_checkpointing": False},
+        KEPT,
     ):
         partial = estimate(shape, **changes)
         assert partial.is_partial
@@ -163,13 +170,14 @@ def test_what_engines_and_optimizers_add_to_what_is_trained(llama_8b: ModelShape
     ("smaller", "larger"),
     [
         ({}, KEPT),
-        ({}, {"micro_batch_size": 5}),
-        ({}, {"max_length_tokens": 1025}),
+        ({}, {"micro_batch_tokens": 4097}),
+        ({"gradient_checkpointing": 31 / 32}, {"gradient_checkpointing": 30 / 32}),
+        ({"gradient_checkpointing": 1 / 32}, KEPT),
         (
-            {"attn_implementation": "flash_attention_2", "gradient_checkpointing": False},
-            {"gradient_checkpointing": False},
+            {"attn_implementation": "flash_attention_2", "gradient_checkpointing": 0.0},
+            KEPT,
         ),
-        ({"packing": False, "gradient_checkpointing": False}, {"gradient_checkpointing": False}),
+        ({"packing": False, "gradient_checkpointing": 0.0}, KEPT),
         ({"loss": "chunked"}, {}),
         (KEPT | {"lora_dropout": 0}, KEPT),
         (KEPT, KEPT | {"lora_dora": True}),
@@ -186,13 +194,31 @@ def test_what_needs_more_activations(smaller: dict[str, Any], larger: dict[str, 
     assert size(smaller) < size(larger)
 
 
+def test_the_last_layers_activations_are_kept(llama_8b: ModelShape) -> None:
+    def size(layers: int) -> int:
+        return estimate(llama_8b, loss="chunked", gradient_checkpointing=layers / 32).activations_bytes
+
+    inputs = 4096 * 4096 * 2  # of one layer, in bytes: all that is kept of one that is computed again
+    saved = size(0) - size(1)
+    assert saved > 10 * inputs
+    assert [size(layers) for layers in range(32)] == [size(0) - layers * saved for layers in range(32)]
+    assert size(32) > size(31) - saved  # one layer is there all the same, when it is computed again
+
+
+def test_a_share_of_the_layers_is_never_too_few() -> None:
+    for layers in (1, 7, 28, 30, 32, 80):
+        counts = [count_checkpointed_layers(number / layers, layers) for number in range(layers + 1)]
+        assert counts == [*range(layers + 1)]
+    assert (count_checkpointed_layers(0.5, 7), count_checkpointed_layers(0.01, 32)) == (4, 1)
+
+
 def test_logits_by_loss(llama_8b: ModelShape) -> None:
     tokens, vocabulary, hidden = 4 * 1024, 128_256, 4096
     assert estimate(llama_8b).logits_bytes == tokens * (12 * vocabulary + 4 * hidden)
     chunked = estimate(llama_8b, loss="chunked").logits_bytes
     assert chunked == LOSS_CHUNK_TOKENS * 12 * vocabulary + tokens * 4 * hidden
     assert estimate(llama_8b, loss="liger").logits_bytes < chunked
-    assert estimate(llama_8b, loss="chunked", micro_batch_size=8).logits_bytes - chunked == tokens * 4 * hidden
+    assert estimate(llama_8b, loss="chunked", micro_batch_tokens=8192).logits_bytes - chunked == tokens * 4 * hidden
 
 
 def test_a_process_needs_something_before_any_model() -> None:

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "vocabulary of 50k": {"vocab_size": 50_000},
     "10 layers": {"num_hidden_layers": 10},
     "10 layers, checkpointing": {"num_hidden_layers": 10, "TRAIN__GRADIENT_CHECKPOINTING": "true"},
+    "10 layers, half of them": {"num_hidden_layers": 10, "TRAIN__GRADIENT_CHECKPOINTING": 0.5},
     "padded": {"TRAIN__PACKING": "false"},
     "eager": {"MODEL__ATTN_IMPLEMENTATION": "eager", "TRAIN__PACKING": "false"},
     "two targets": {"LORA__TARGET_MODULES": "q_proj,v_proj"},
@@ -90,7 +91,8 @@ def test_each_part_is_what_training_needs(plan_for: PlanFor, tmp_path: Path) -> 
 
 
 def test_the_whole_is_what_a_process_needs(plan_for: PlanFor, tmp_path: Path) -> None:
-    chosen = {name: CASES[name] for name in ("base", "checkpointing", "10 layers", "10 layers, checkpointing")}
+    names = ("base", "checkpointing", "10 layers", "10 layers, checkpointing", "10 layers, half of them")
+    chosen = {name: CASES[name] for name in names}
     chosen |= BFLOAT16
     cases = [make_case(plan_for, case, tmp_path) for case in (WARM_UP, *chosen.values())]
     peaks = measure_peaks(cases, tmp_path / "runs", with_fragments=True)

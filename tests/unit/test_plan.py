@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
+from job.batch import choose_micro_batch_size
 from job.errors import ConfigError
 from job.hardware import Hardware
 from job.parallel import plan_parallel
-from job.plan import DataFacts, TrainPlan, choose_micro_batch_size, make_plan
+from job.plan import DataFacts, TrainPlan, make_plan
 from job.settings import Settings
 
 Load = Callable[..., Settings]
@@ -76,11 +77,25 @@ def test_the_batch_always_adds_up(load: Load, machine: Machine, facts: Callable[
 
 
 @pytest.mark.parametrize(
-    ("share", "max_length", "micro"),
-    [(8, 512, 8), (8, 513, 4), (8, 1024, 4), (8, 4096, 1), (8, 9999, 1), (6, 512, 6), (7, 600, 1), (64, 8, 8)],
+    ("share", "row_tokens", "micro", "padded"),
+    [
+        (8, 512, 8, 8),
+        (8, 513, 4, 4),
+        (8, 1024, 4, 4),
+        (8, 4096, 1, 1),
+        (8, 9999, 1, 1),
+        (6, 512, 6, 6),
+        (7, 600, 1, 1),
+        (64, 8, 64, 8),
+        (96, 100, 32, 8),
+    ],
 )
-def test_auto_micro_batch(share: int, max_length: int, micro: int) -> None:
-    assert choose_micro_batch_size(share, max_length) == micro
+def test_auto_micro_batch(share: int, row_tokens: int, micro: int, padded: int) -> None:
+    def count_tokens(size: int) -> int:
+        return size * row_tokens
+
+    assert choose_micro_batch_size(share, count_tokens, packing=True) == micro
+    assert choose_micro_batch_size(share, count_tokens, packing=False) == padded
 
 
 def test_every_value_has_its_source(plan_for: PlanFor) -> None:
