@@ -16,10 +16,13 @@ from job.handover import NewTokenInput, RunFolder, WorkerInputs
 from job.hardware import Hardware
 from job.inputs import Inputs
 from job.log import settle_log_format
+from job.memory.estimate import estimate_memory
+from job.memory.setup import pick_setup
 from job.phases import enter_phase
 from job.plan import TrainPlan
 from job.settings import Settings
 from job.storage import Slot, Store
+from job.stream import micro_batch_counter
 from job.weights import Weights
 
 
@@ -87,12 +90,19 @@ class Prepared:
         return folder
 
     def hand_over_again(self, folder: RunFolder, plan: TrainPlan) -> "Prepared":
-        """Hand over another plan, with nothing left in the folder of what workers did there; return what is prepared
-        now."""
-        changed = replace(self, plan=plan)
+        """Hand over another plan, with the memory that it needs, and nothing left in the folder of what workers did
+        there; return what is prepared now."""
+        changed = replace(self, plan=self._estimate_again(plan))
         changed._write_afresh(folder, folder.xray.read_text(encoding="utf-8"))
         changed.hand_over(folder)
         return changed
+
+    def _estimate_again(self, plan: TrainPlan) -> TrainPlan:
+        facts, values = self.dataset.facts, plan.model_dump()
+        tokens = micro_batch_counter(values, facts.row_tokens)(plan.micro_batch_size)
+        setup = replace(pick_setup(values), micro_batch_tokens=tokens)
+        memory = estimate_memory(setup, facts.shape, plan.memory.available_bytes)
+        return plan.model_copy(update={"micro_batch_tokens": tokens, "memory": memory})
 
     def _write_afresh(self, folder: RunFolder, xray: str) -> None:
         shutil.rmtree(folder.root, ignore_errors=True)

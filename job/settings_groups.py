@@ -166,6 +166,7 @@ class TrainSettings(Group):
         "auto",
         description="Recompute activations to save memory, of all layers, none or that share of them; auto: of as few "
         "as the memory allows",
+        json_schema_extra=unit_of("share of the layers"),
     )
     loss: Literal["auto", "full", "chunked", "liger"] = Field(
         "auto",

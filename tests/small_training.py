@@ -136,6 +136,7 @@ def load_trained(base_folder: Path, adapter: Path, *, vocabulary: int, dtype: st
 def held_out_loss(model: Any, plan: TrainPlan, root: Path) -> float:
     """Return the loss of a model on the rows that `train_here` held out."""
     rows = TokenRows(root / "tokens.arrow", np.load(root / "eval_rows.npy"))
+    plan = plan.model_copy(update={"loss": "full"})  # as a plain model computes it
     return evaluate_loss(model, rows, plan, join_rows if plan.packing else PadRows(0), rank=0)
 
 

@@ -5,12 +5,10 @@ the beginning. What was found is kept in the workplace for a retry, until the ad
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from job.errors import ConfigError, OutOfMemoryError, ResourcesError, UnavailableError
 from job.handover import RunFolder
 from job.log import logger
-from job.memory.estimate import estimate_memory
 from job.memory.found import (
     MemoryFound,
     apply_memory_found,
@@ -18,12 +16,10 @@ from job.memory.found import (
     keep_memory_found,
     recall_memory_found,
 )
-from job.memory.setup import pick_setup
 from job.memory.smaller_plan import take_smaller_step
 from job.nodes.peers import AttemptEndedError, Peers
 from job.plan import TrainPlan
 from job.prepared import Prepared
-from job.stream import micro_batch_counter
 
 
 def train_within_memory(
@@ -69,11 +65,7 @@ def _begin_where_a_start_left_off(prepared: Prepared, folder: RunFolder, peers: 
 
 def _hand_over_again(prepared: Prepared, folder: RunFolder, plan: TrainPlan) -> Prepared:
     logger.warning("%s", plan.warnings[-1])
-    facts, values = prepared.dataset.facts, plan.model_dump()
-    tokens = micro_batch_counter(values, facts.row_tokens)(plan.micro_batch_size)
-    setup = replace(pick_setup(values), micro_batch_tokens=tokens)
-    memory = estimate_memory(setup, facts.shape, plan.memory.available_bytes)
-    return prepared.hand_over_again(folder, plan.model_copy(update={"micro_batch_tokens": tokens, "memory": memory}))
+    return prepared.hand_over_again(folder, plan)
 
 
 def _train(

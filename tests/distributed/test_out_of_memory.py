@@ -161,7 +161,7 @@ def test_the_retry_after_a_kill_starts_with_what_was_found(tiny_model: Path, tmp
 
     again = run_job(job)
     _, plan = published(again)
-    assert plan["gradient_checkpointing"] is True
+    assert plan["gradient_checkpointing"] == 1
     sources = plan["sources"]
     assert isinstance(sources, dict)
     assert sources["gradient_checkpointing"] == "an earlier start ran out of memory"

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from job.errors import ConfigError, DivergedError, InternalError, NotFoundError
 from job.plan import TrainPlan
 from job.train.adapter import save_adapter
-from job.train.dataset import IGNORED, PadRows, Row, join_rows
+from job.train.dataset import IGNORED, Collate, PadRows, Row, join_rows
 from job.train.evaluate import evaluate_rows, mean_loss
 from job.train.gather import gather_trained
 from job.train.model import check_logits_are_finite, check_rows_stay_apart, load_model
@@ -33,7 +33,7 @@ def load_fitting(plan: TrainPlan, folder: Path) -> PeftModel:
 
 @pytest.fixture
 def plan(plan_for: PlanFor) -> TrainPlan:
-    return plan_for(TRAIN__GLOBAL_BATCH_SIZE=4, MODEL__DTYPE="float32")
+    return plan_for(TRAIN__GLOBAL_BATCH_SIZE=4, MODEL__DTYPE="float32", TRAIN__LOSS="full")
 
 
 @pytest.fixture
@@ -49,6 +49,13 @@ def make_rows(*lengths: int) -> list[Row]:
         labels = torch.where(torch.arange(length) < length // 2, IGNORED, ids)
         rows.append(Row(input_ids=ids, labels=labels))
     return rows
+
+
+class Rows(list[Row]):
+    """Rows that are in no file."""
+
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row["input_ids"]) for row in self])
 
 
 class SeesItsNeighbours(nn.Module):
@@ -86,8 +93,16 @@ def test_a_model_that_does_not_is_refused(
         check_rows_stay_apart(leaky(model), plan, *make_rows(*lengths))
 
 
+def note_size(sizes: list[int]) -> Collate:
+    def collate(rows: list[Row]) -> dict[str, Any]:
+        sizes.append(len(rows))
+        return join_rows(rows)
+
+    return collate
+
+
 def test_the_loss_is_the_same_joined_padded_and_alone(model: PeftModel, plan: TrainPlan) -> None:
-    rows: Any = make_rows(12, 31, 7, 18, 25)
+    rows: Any = Rows(make_rows(12, 31, 7, 18, 25))
     joined = evaluate_rows(model, rows, plan, join_rows, rank=0)
     padded = evaluate_rows(model, rows, plan, PadRows(0), rank=0)
     alone = []
@@ -97,6 +112,10 @@ def test_the_loss_is_the_same_joined_padded_and_alone(model: PeftModel, plan: Tr
         alone.append((loss * supervised, supervised))
     assert plan.micro_batch_size == 4  # more than one row at a time, and a rest
     assert np.allclose(joined, alone, rtol=1e-5)
+    sizes: list[int] = []
+    # No more tokens at a time than the largest micro batch has: two rows may have up to 62.
+    evaluate_rows(model, rows, plan.model_copy(update={"micro_batch_tokens": 64}), note_size(sizes), rank=0)
+    assert sizes == [2, 2, 1]
     assert np.allclose(padded, alone, rtol=1e-5)
     tokens = sum(supervised for _, supervised in alone)
     assert mean_loss(joined) == pytest.approx(sum(loss for loss, _ in alone) / tokens, rel=1e-5)
