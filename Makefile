@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale bench-storage lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpointing bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale bench-storage lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,9 @@ bench-data: $(INSTALLED) ## Measure speed and memory of data preparation up to 3
 bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks against all logits at once
 	$(BIN)/python tests/bench/loss.py --gradient-checkpointing
 	$(BIN)/python tests/bench/loss.py --gradient-checkpointing --supervised 0.3
+
+bench-checkpointing: $(INSTALLED) ## Measure what computing layers twice and smaller micro batches cost a step on a CPU
+	$(BIN)/python tests/bench/checkpointing.py $(BENCH)
 
 bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints costs a training (BENCH=--quick for a tiny model)
 	$(BIN)/python tests/bench/checkpoints.py $(BENCH)

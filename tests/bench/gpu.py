@@ -39,6 +39,7 @@ LADDER: list[tuple[str, dict[str, str]]] = [
     ("attention within each row", {"MODEL__ATTN_IMPLEMENTATION": "varlen"}),
     ("FlashAttention 2", {"MODEL__ATTN_IMPLEMENTATION": "flash_attention_2"}),
     ("loss in chunks", {"TRAIN__LOSS": "chunked"}),
+    ("half of the layers checkpointed", {"TRAIN__GRADIENT_CHECKPOINTING": "0.5"}),
     ("no checkpointing", {"TRAIN__GRADIENT_CHECKPOINTING": "false"}),
     ("Liger's loss", {"TRAIN__LOSS": "liger"}),
 ]

@@ -86,13 +86,15 @@ def losses(slot: Path) -> list[float]:
     return [line["loss"] for line in steps]
 
 
+FULL = {"TRAIN__LOSS": "full"}  # all logits of a micro batch at once, which takes the most memory
 EXACT = {"MODEL__DTYPE": "float32"}  # in 16 bits, sums in another order differ by more than a mistake might
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The slot of a run whose micro batch was 2 from the beginning."""
-    job = run_job(environment(tiny_model, tmp_path_factory.mktemp("reference"), TRAIN__MICRO_BATCH_SIZE=2, **EXACT))
+    settings = FULL | EXACT | {"TRAIN__MICRO_BATCH_SIZE": 2}
+    job = run_job(environment(tiny_model, tmp_path_factory.mktemp("reference"), **settings))
     return published(job)[0]
 
 
@@ -100,7 +102,7 @@ def test_smaller_steps_give_the_adapter_of_a_run_that_took_them_at_once(
     tiny_model: Path, tmp_path: Path, reference: Path
 ) -> None:
     when = "sequences > 4 and calls > 2 or sequences == 4 and calls > 1"  # 8: in the third step, 4: in the first
-    job = run_job(environment(tiny_model, tmp_path, when=when, TRAIN__MICRO_BATCH_SIZE=8, **EXACT))
+    job = run_job(environment(tiny_model, tmp_path, when=when, TRAIN__MICRO_BATCH_SIZE=8, **FULL, **EXACT))
     slot, plan = published(job)
     assert hash_file(slot / "adapter_model.safetensors") == hash_file(reference / "adapter_model.safetensors")
     assert losses(slot) == losses(reference)
@@ -170,7 +172,7 @@ def test_the_retry_after_a_kill_starts_with_what_was_found(tiny_model: Path, tmp
 
 
 def test_the_end_of_the_ladder(tiny_model: Path, tmp_path: Path) -> None:
-    settings = {"TRAIN__MICRO_BATCH_SIZE": 1, "TRAIN__GRADIENT_CHECKPOINTING": "true"}
+    settings = {"TRAIN__MICRO_BATCH_SIZE": 1, "TRAIN__GRADIENT_CHECKPOINTING": "true"} | FULL
     job = run_job(environment(tiny_model, tmp_path, when="calls > 0", **settings))
     assert job.code == 71, job.output
     message, hint = job.outcome["message"], job.outcome["hint"]
@@ -184,7 +186,7 @@ def test_the_end_of_the_ladder(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_host_memory_that_really_ends(tiny_model: Path, tmp_path: Path) -> None:
-    hungry = environment(tiny_model, tmp_path, TRAIN__MICRO_BATCH_SIZE=8, TRAIN__MAX_STEPS=1)
+    hungry = environment(tiny_model, tmp_path, TRAIN__MICRO_BATCH_SIZE=8, TRAIN__MAX_STEPS=1, **FULL)
     job = run_job(hungry | {"SPARE_MIB": "600"})
     _, plan = published(job)
     assert "out of host memory: " in job.output

@@ -80,7 +80,8 @@ def test_a_quantised_base_learns_nearly_what_the_plain_one_learns(
         ("zero3 with offload", {"PARALLEL__ENGINE": "zero3", "PARALLEL__OFFLOAD": "true"}),
         ("fsdp2", {"PARALLEL__ENGINE": "fsdp2"}),
         ("checkpointing on", {"TRAIN__GRADIENT_CHECKPOINTING": "true"}),
-        ("chunked loss", {"TRAIN__LOSS": "chunked"}),
+        ("checkpointing of half the layers", {"TRAIN__GRADIENT_CHECKPOINTING": 0.5}),
+        ("all logits at once", {"TRAIN__LOSS": "full"}),
         ("smaller micro batches", {"TRAIN__MICRO_BATCH_SIZE": 2}),
     ],
 )

@@ -15,6 +15,7 @@ STEPS = {"TRAIN__MAX_STEPS": 6, "TRAIN__GLOBAL_BATCH_SIZE": 16, "DATA__MAX_LENGT
     [
         ("bf16", {}),
         ("bf16, checkpointing", {"TRAIN__GRADIENT_CHECKPOINTING": "true"}),
+        ("bf16, checkpointing of half the layers", {"TRAIN__GRADIENT_CHECKPOINTING": 0.5}),
         ("bf16, chunked loss", {"TRAIN__LOSS": "chunked"}),
         ("nf4", {"QUANTIZATION": "nf4"}),
         ("int8", {"QUANTIZATION": "int8"}),
@@ -47,6 +48,7 @@ def test_out_of_memory_ends_in_the_adapter_of_smaller_micro_batches(small_model:
         "    torch.cuda.set_per_process_memory_fraction(180 * 2**20 / total)\n"
     )
     settings = {"TRAIN__GLOBAL_BATCH_SIZE": 64, "TRAIN__MAX_STEPS": 4, "TRAIN__GRADIENT_CHECKPOINTING": "false"}
+    settings |= {"TRAIN__LOSS": "full"}
     path = {"PYTHONPATH": f"{hook}:{ROOT}"}
     ended = try_to_train(tmp_path / "run", small_model, environment=path, TRAIN__MICRO_BATCH_SIZE=64, **settings)
     assert ended.code == 0, ended.output
