@@ -51,7 +51,7 @@ bench-loss: $(INSTALLED) ## Measure memory and time of the loss in chunks agains
 	$(BIN)/python tests/bench/loss.py --gradient-checkpointing
 	$(BIN)/python tests/bench/loss.py --gradient-checkpointing --supervised 0.3
 
-bench-checkpointing: $(INSTALLED) ## Measure what computing layers twice and smaller micro batches cost a step on a CPU
+bench-checkpointing: $(INSTALLED) ## Measure what computing layers twice and smaller micro batches cost on a CPU; 9 minutes
 	$(BIN)/python tests/bench/checkpointing.py $(BENCH)
 
 bench-checkpoints: $(INSTALLED) ## Measure what saving and uploading checkpoints costs a training (BENCH=--quick for a tiny model)
