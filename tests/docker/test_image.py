@@ -143,7 +143,7 @@ def test_trains_the_shops_rows_and_publishes_the_adapter(
 def test_docker_stop_ends_with_75_and_the_next_container_goes_on(
     image: str, settings: dict[str, str], s3_client: "S3Client", bucket: str
 ) -> None:
-    settings |= {"SFT_TRAIN__MAX_STEPS": str(STEPS), "SFT_TRAIN__MICRO_BATCH_SIZE": "2"}
+    settings |= {"SFT_TRAIN__MAX_STEPS": str(STEPS), "SFT_TRAIN__MICRO_BATCH_SIZE": "2", "SFT_TRAIN__LOSS": "full"}
     with Container(image, environment=settings) as container:
         container.wait_for("step 3/")
         call_docker("stop", "--time", "60", container.name)
@@ -159,7 +159,7 @@ def test_docker_stop_ends_with_75_and_the_next_container_goes_on(
 
 
 def test_nothing_outlives_a_job_that_is_killed(image: str, settings: dict[str, str]) -> None:
-    settings |= {"SFT_TRAIN__MAX_STEPS": str(STEPS), "SFT_TRAIN__MICRO_BATCH_SIZE": "2"}
+    settings |= {"SFT_TRAIN__MAX_STEPS": str(STEPS), "SFT_TRAIN__MICRO_BATCH_SIZE": "2", "SFT_TRAIN__LOSS": "full"}
     with Container(image, environment=settings) as container:
         container.wait_for("step 1/")
         processes = {psutil.Process(pid): words for pid, words in container.processes().items()}

@@ -47,6 +47,7 @@ def make_environment(folder: Path, model: Path, **settings: object) -> dict[str,
         "TRAIN__MAX_STEPS": STEPS,
         "TRAIN__GLOBAL_BATCH_SIZE": 8,
         "TRAIN__MICRO_BATCH_SIZE": 2,
+        "TRAIN__LOSS": "full",  # the longest steps, so that what happens in their midst can be met
         "TRAIN__WARMUP": 5,  # the first checkpoint is in the midst of it
         "TRAIN__LEARNING_RATE": 5e-3,
         "TRAIN__PACKING": "true",

@@ -28,6 +28,7 @@ def make_environment(folder: Path, model: Path, **settings: object) -> dict[str,
         LORA__DROPOUT=0.1,
         **({"TRAIN__MAX_STEPS": STEPS} | settings),
         TRAIN__MICRO_BATCH_SIZE=2,
+        TRAIN__LOSS="full",  # the longest steps, so that what happens in their midst can be met
         TRAIN__LEARNING_RATE=1e-3,
         TRAIN__LOGGING_STEPS=1,
     )

@@ -109,6 +109,7 @@ def make_slot(seaweed: SeaweedFS, s3_client: "S3Client", folder: Path, prefix: s
         OUTPUT__URI=f"s3://{BUCKET}/{prefix}",
         TRAIN__MAX_STEPS=STEPS,
         TRAIN__GLOBAL_BATCH_SIZE=4,
+        TRAIN__LOSS="full",  # the longest steps, so that what happens in their midst can be met
         TRAIN__LOGGING_STEPS=1,
         CHECKPOINT__EVERY_STEPS=2,
         CHECKPOINT__KEEP=1,
