@@ -1,6 +1,8 @@
 """Which module may import what: one way only, heavy libraries where they belong, the environment in few hands."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +52,12 @@ def test_the_search_finds_imports() -> None:
 
 def test_torch_is_the_workers() -> None:
     assert {module for module in importers("torch") if not module.startswith("job/train/")} == set()
+
+
+def test_a_worker_begins_without_numpys_threads() -> None:
+    """SIGTERM ends a process that has a thread from before the signal was blocked."""
+    look = "import sys, job.train.worker; sys.exit('numpy' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False).returncode == 0
 
 
 def test_charts_are_the_reports() -> None:
