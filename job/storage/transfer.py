@@ -260,6 +260,11 @@ class _Download:
             self._damaged += 1
             self._wait_or_give_up(self._damaged, error)
             return self.begin()
+        if self.source.size_bytes < SMALL_BYTES:
+            return [self._settle]  # after all that wait to be fetched: disks sync many files at once for little more
+        return self._settle()
+
+    def _settle(self) -> list[Task]:
         with disk_errors(self._folder, self.source.label):
             sync(self._temporary)
             self._temporary.replace(self.target)
