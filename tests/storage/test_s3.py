@@ -412,6 +412,7 @@ def behind_tls(s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pyte
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection(upstream.hostname, upstream.port)
+        transports.extend([writer.transport, server_writer.transport])
         await asyncio.gather(copy(reader, server_writer), copy(server_reader, writer))
 
     async def listen() -> None:
@@ -419,7 +420,11 @@ def behind_tls(s3_environment: dict[str, str], tmp_path: Path, monkeypatch: pyte
         loops.put((asyncio.get_running_loop(), server.sockets[0].getsockname()[1]))
         with contextlib.closing(server):
             await done.wait()
+        for transport in transports:  # closing TLS takes an answer, for which the loop doesn't wait
+            transport.abort()
+        await asyncio.sleep(0)
 
+    transports: list[asyncio.WriteTransport] = []
     done = asyncio.Event()
     loops: SimpleQueue[tuple[asyncio.AbstractEventLoop, int]] = SimpleQueue()
     thread = threading.Thread(target=lambda: asyncio.run(listen()))
