@@ -16,6 +16,7 @@ from job.plan import TrainPlan
 from job.train.adapter import add_adapter
 from job.train.dataset import Collate, Row, join_rows, move_batch
 from job.train.lora import lighten_lora
+from job.train.norms import fuse_norms
 from job.train.quantize import comparably, is_stored_quantized, make_trainable, quantization_options
 from job.train.varlen import JoinRows
 from job.train.vocabulary import add_new_tokens
@@ -43,6 +44,8 @@ def load_model(
     set_seed(plan.seed)
     model = add_adapter(base, plan, token_ids)
     lighten_lora(model, gathers_by_module=plan.engine == "zero3")
+    if plan.device == "cuda":  # PyTorch has no such kernel for CPUs
+        fuse_norms(model)
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(
         "adapter: %s of %s parameters are trained (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total

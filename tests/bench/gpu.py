@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_rung import SHAPES, WARMUP_STEPS, Measured, Task
+from gpu_rung import PLAIN_NORMS, SHAPES, WARMUP_STEPS, Measured, Task
 from gpu_rung import main as answer_here
 
 LENGTHS = [2048, 1024, 512, 512]  # of the ladder's rows: 4,096 joined, and twice that padded
@@ -32,12 +32,14 @@ NAIVE = {
     "TRAIN__LOSS": "full",
     "TRAIN__GRADIENT_CHECKPOINTING": "true",
     "MODEL__ATTN_IMPLEMENTATION": "sdpa",
+    PLAIN_NORMS: "true",
 }
 LADDER: list[tuple[str, dict[str, str]]] = [
     ("padded rows, all logits, checkpointing", {}),
     ("joined rows", {"TRAIN__PACKING": "true"}),
     ("attention within each row", {"MODEL__ATTN_IMPLEMENTATION": "varlen"}),
     ("FlashAttention 2", {"MODEL__ATTN_IMPLEMENTATION": "flash_attention_2"}),
+    ("norms in one kernel", {PLAIN_NORMS: "false"}),
     ("loss in chunks", {"TRAIN__LOSS": "chunked"}),
     ("half of the layers checkpointed", {"TRAIN__GRADIENT_CHECKPOINTING": "0.5"}),
     ("no checkpointing", {"TRAIN__GRADIENT_CHECKPOINTING": "false"}),

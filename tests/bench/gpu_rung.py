@@ -15,9 +15,11 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+PLAIN_NORMS = "plain norms"  # transformers' own modules for them
 WARMUP_STEPS = 3  # kernels are chosen and compiled in them
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -61,8 +63,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure: `settings` are the job's, without their prefix; rows have these lengths, in turn, and a micro
-    batch has `rows_of_batch` of them."""
+    """What to measure: `settings` are the job's, without their prefix, and PLAIN_NORMS, which the job has no setting
+    for; rows have these lengths, in turn, and a micro batch has `rows_of_batch` of them."""
 
     model: str
     lengths: list[int]
@@ -110,6 +112,9 @@ def measure(task: Task) -> Measured:
 
     with tempfile.TemporaryDirectory(prefix="sft-job-bench-") as name:
         try:
+            if task.settings.get(PLAIN_NORMS) == "true":
+                with mock.patch("job.train.model.fuse_norms"):
+                    return _train(task, Path(name))
             return _train(task, Path(name))
         except ConfigError as refusal:
             return Measured(lacking=refusal.message)
@@ -167,7 +172,7 @@ def _plan(task: Task) -> Any:
     }
     for name in [name for name in os.environ if name.startswith("SFT_")]:
         del os.environ[name]
-    os.environ |= {f"SFT_{name}": value for name, value in (settings | task.settings).items()}
+    os.environ |= {f"SFT_{name}": value for name, value in (settings | task.settings).items() if name != PLAIN_NORMS}
     loaded = load_settings()
     config = json.loads((Path(task.model) / "config.json").read_bytes())
     stored = sum(file.stat().st_size for file in Path(task.model).glob("*.safetensors"))
