@@ -5,6 +5,7 @@ it keeps the residual stream itself. What is learned stays the same, but for rou
 twice.
 """
 
+import inspect
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +33,8 @@ def fuse_norms(model: nn.Module) -> int:
 
 def _is_plain(kind: Any) -> bool:
     """Prove on numbers of our own what modules of a class compute: some architectures add 1 to the weight, for one."""
-    if not kind.__name__.endswith("RMSNorm"):
-        return False
+    if not kind.__name__.endswith("RMSNorm") or len(inspect.signature(kind.forward).parameters) != len(("self", "x")):
+        return False  # a gate that may be given, for one, would make it another
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator) for shape in (_PROOF_SHAPE, _PROOF_SHAPE[1:]))
     hidden *= torch.logspace(-3, 1, _PROOF_SHAPE[0])[:, None]  # rows that epsilon matters to, and others

@@ -107,3 +107,12 @@ def test_a_weight_in_another_precision_is_left_to_the_module() -> None:
     actual = norm(hidden)
     assert actual.dtype == expected.dtype
     assert torch.equal(actual, expected)
+
+
+def test_a_norm_that_may_be_given_a_gate_stays() -> None:
+    class GatedRMSNorm(type(make_model("llama").model.norm)):  # type: ignore[misc]
+        def forward(self, hidden: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            normalized = GatedRMSNorm.__base__.forward(self, hidden)
+            return normalized if gate is None else normalized * gate
+
+    assert fuse_norms(GatedRMSNorm(32)) == 0
