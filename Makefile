@@ -37,7 +37,7 @@ soak: $(INSTALLED) $(FAULT_PROXY) ## Kill jobs at random moments amid faults of 
 GPU_PYTHON ?= $(BIN)/python
 test-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED)) ## Run the tests that need a GPU, offline; 10 minutes
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  $(GPU_PYTHON) -m pytest --numprocesses 4 tests/gpu/test_gpu.py tests/gpu/test_gpu_resume.py tests/gpu/test_gpu_varlen.py && $(GPU_PYTHON) -m pytest tests/gpu/test_gpu_memory.py; \
+	  $(GPU_PYTHON) -m pytest --numprocesses 4 tests/gpu --ignore tests/gpu/test_gpu_memory.py && $(GPU_PYTHON) -m pytest tests/gpu/test_gpu_memory.py; \
 	else echo "SKIPPED: PyTorch sees no GPU here, so NOTHING of tests/gpu was run"; fi
 
 TRL := .cache/trl/.installed

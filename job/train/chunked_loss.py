@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from job.errors import ConfigError
 from job.memory.estimate import LOSS_CHUNK_TOKENS
 from job.plan import TrainPlan
-from job.train.dataset import IGNORED, Row
+from job.train.dataset import IGNORED, Collate, Row
 
 _PROOF_TOKENS = 128
 _PROOF_LOGITS = 100.0  # mean size that logits are brought to, beyond any cap
@@ -34,8 +34,9 @@ def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None
 
     Its forward takes `num_items_in_batch`, the supervised tokens that the sum of the losses is divided by, as
     transformers' own models do; without it the loss is the mean. With `by_token`, which takes no gradient, the loss is
-    (B, T): that of each label, 0 where there is none. Do it before the Trainer looks at the model.
-    `same_on_all_processes`: as many chunks on each, for an engine that gathers the head's weights for each.
+    (B, T): that of each label, 0 where there is none. Batches of `MarkSupervised` need not wait for a GPU to count.
+    Do it before the Trainer looks at the model. `same_on_all_processes`: as many chunks on each, for an engine that
+    gathers the head's weights for each.
     """
     base: PreTrainedModel = model.get_base_model()
     full_forward = base.forward
@@ -44,6 +45,7 @@ def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None
         *,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        supervised: torch.Tensor | None = None,
         by_token: bool = False,
         is_proof: bool = False,
         **batch: Any,
@@ -54,18 +56,35 @@ def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None
             return full_forward(**batch)
         # The head is called here, inside of the model's forward, because sharding engines gather its weights there.
         hidden = base.base_model(**batch).last_hidden_state  # (B, T, D)
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, T): each position's next token
-        supervised = targets != IGNORED
-        chosen, aims = hidden[supervised], targets[supervised]  # (N, D), (N,)
+        places = find_supervised(labels) if supervised is None else supervised  # (N,)
+        chosen, aims = hidden.flatten(0, 1)[places], labels.flatten()[places + 1]  # (N, D), (N,)
         chunks = _count_chunks(aims, same_on_all_processes=same_on_all_processes)
         if by_token:
             losses = torch.zeros(labels.shape, device=labels.device)
-            losses[supervised] = _find_losses(base, chosen, aims, chunks)
-            return CausalLMOutputWithPast(loss=losses.roll(1, dims=1))  # the last position has no next token
+            losses.view(-1)[places + 1] = _find_losses(base, chosen, aims, chunks)
+            return CausalLMOutputWithPast(loss=losses)
         total = _sum_losses(base, chosen, aims, chunks)
         return CausalLMOutputWithPast(loss=total / (len(aims) if num_items_in_batch is None else num_items_in_batch))
 
     base.forward = forward
+
+
+def find_supervised(labels: torch.Tensor) -> torch.Tensor:
+    """Return the places (N,) of the tokens whose next one is supervised, given labels (B, T), among all B x T."""
+    return (nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED).flatten().nonzero()[:, 0]
+
+
+class MarkSupervised:
+    """Joins rows as another collation does, and marks what is supervised before the batch is on a GPU: there, nobody
+    would know how much that is without waiting."""
+
+    def __init__(self, collate: Collate) -> None:
+        self._collate = collate
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        """Return the batch with its places `supervised`, (N,) int64."""
+        batch = self._collate(rows)
+        return batch | {"supervised": find_supervised(batch["labels"])}
 
 
 def _count_chunks(targets: torch.Tensor, *, same_on_all_processes: bool) -> int:

@@ -15,6 +15,7 @@ from job.log import logger
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
 from job.train.dataset import Collate, Row, join_rows, move_batch
+from job.train.elementwise import compile_elementwise, is_worth_compiling
 from job.train.lora import lighten_lora
 from job.train.norms import fuse_norms
 from job.train.quantize import comparably, is_stored_quantized, make_trainable, quantization_options
@@ -44,9 +45,11 @@ def load_model(
     set_seed(plan.seed)
     model = add_adapter(base, plan, token_ids)
     lighten_lora(model, gathers_by_module=plan.engine == "zero3")
-    if plan.device == "cuda":  # PyTorch has no such kernel for CPUs
-        fuse_norms(model)
     trainable, total = model.get_nb_trainable_parameters()
+    if plan.device == "cuda":  # PyTorch has no such kernel for CPUs, and there compiling takes longer and gains less
+        fuse_norms(model)
+        if is_worth_compiling(plan, total):
+            compile_elementwise(model, plan.device, getattr(torch, plan.dtype))
     logger.info(
         "adapter: %s of %s parameters are trained (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
     )

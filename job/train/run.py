@@ -22,9 +22,9 @@ from job.train.adapter import save_adapter
 from job.train.beats import Beats
 from job.train.checkpoint import Checkpoints
 from job.train.checkpoint_files import open_checkpoint
-from job.train.chunked_loss import check_loss_can_be_chunked, chunk_loss
+from job.train.chunked_loss import MarkSupervised, check_loss_can_be_chunked, chunk_loss
 from job.train.collective import find_maximum
-from job.train.dataset import PadRows, TokenRows
+from job.train.dataset import Collate, PadRows, TokenRows
 from job.train.early_stopping import EarlyStopping
 from job.train.engine import (
     callable_model,
@@ -74,7 +74,7 @@ def train(
 
     trackers = trackers or Trackers(plan, [])
     metrics = StepMetrics(plan, folder, rank=rank, rows=train_rows, inputs=inputs, track=trackers.log)
-    collate = JoinRows(plan.attn_implementation) if plan.packing else PadRows(inputs.pad_token_id)
+    collate = _collation(plan, inputs)
 
     enter_phase("loading the model")
     say("loading the base model")
@@ -174,6 +174,11 @@ def train(
         base, pad = model.get_base_model(), inputs.pad_token_id
         answerer = Answerer(trained, base, pad, plan, rank=rank, beat=final.beat)
         final.ask(samples, model, answerer)
+
+
+def _collation(plan: TrainPlan, inputs: WorkerInputs) -> Collate:
+    collate = JoinRows(plan.attn_implementation) if plan.packing else PadRows(inputs.pad_token_id)
+    return MarkSupervised(collate) if plan.loss == "chunked" else collate
 
 
 def _say_trained(plan: TrainPlan, folder: RunFolder, rank: int) -> None:

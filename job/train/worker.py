@@ -96,6 +96,7 @@ def _mute_libraries() -> None:
     # Names that transformers 5 deprecates are the only ones that all of its versions in our range know.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")  # torch's compiler
     # It has a line for every layer and step, since LLM.int8 computes in float16, and asks for a package of kernels.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

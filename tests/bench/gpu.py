@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_rung import PLAIN_NORMS, SHAPES, WARMUP_STEPS, Measured, Task
+from gpu_rung import COMPILED, PLAIN_NORMS, SHAPES, WARMUP_STEPS, Measured, Task
 from gpu_rung import main as answer_here
 
 LENGTHS = [2048, 1024, 512, 512]  # of the ladder's rows: 4,096 joined, and twice that padded
@@ -40,6 +40,7 @@ LADDER: list[tuple[str, dict[str, str]]] = [
     ("attention within each row", {"MODEL__ATTN_IMPLEMENTATION": "varlen"}),
     ("FlashAttention 2", {"MODEL__ATTN_IMPLEMENTATION": "flash_attention_2"}),
     ("norms in one kernel", {PLAIN_NORMS: "false"}),
+    ("rotation and gates compiled", {COMPILED: "true"}),
     ("loss in chunks", {"TRAIN__LOSS": "chunked"}),
     ("half of the layers checkpointed", {"TRAIN__GRADIENT_CHECKPOINTING": "0.5"}),
     ("no checkpointing", {"TRAIN__GRADIENT_CHECKPOINTING": "false"}),

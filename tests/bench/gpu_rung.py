@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 PLAIN_NORMS = "plain norms"  # transformers' own modules for them
+COMPILED = "compiled"  # rotary embeddings and gated MLPs; "true" for a run of any length
 WARMUP_STEPS = 3  # kernels are chosen and compiled in them
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -63,8 +64,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure: `settings` are the job's, without their prefix, and PLAIN_NORMS, which the job has no setting
-    for; rows have these lengths, in turn, and a micro batch has `rows_of_batch` of them."""
+    """What to measure: `settings` are the job's, without their prefix, and PLAIN_NORMS and COMPILED, which the job has
+    no setting for; rows have these lengths, in turn, and a micro batch has `rows_of_batch` of them."""
 
     model: str
     lengths: list[int]
@@ -110,11 +111,12 @@ def measure(task: Task) -> Measured:
     from job.errors import ConfigError
     from job.train.out_of_memory import describe_shortage
 
-    with tempfile.TemporaryDirectory(prefix="sft-job-bench-") as name:
+    is_compiled = task.settings.get(COMPILED) == "true"
+    with tempfile.TemporaryDirectory(prefix="sft-job-bench-") as name, ExitStack() as patches:
+        patches.enter_context(mock.patch("job.train.model.is_worth_compiling", return_value=is_compiled))
+        if task.settings.get(PLAIN_NORMS) == "true":
+            patches.enter_context(mock.patch("job.train.model.fuse_norms"))
         try:
-            if task.settings.get(PLAIN_NORMS) == "true":
-                with mock.patch("job.train.model.fuse_norms"):
-                    return _train(task, Path(name))
             return _train(task, Path(name))
         except ConfigError as refusal:
             return Measured(lacking=refusal.message)
@@ -172,7 +174,8 @@ def _plan(task: Task) -> Any:
     }
     for name in [name for name in os.environ if name.startswith("SFT_")]:
         del os.environ[name]
-    os.environ |= {f"SFT_{name}": value for name, value in (settings | task.settings).items() if name != PLAIN_NORMS}
+    given = {name: value for name, value in task.settings.items() if name not in (PLAIN_NORMS, COMPILED)}
+    os.environ |= {f"SFT_{name}": value for name, value in (settings | given).items()}
     loaded = load_settings()
     config = json.loads((Path(task.model) / "config.json").read_bytes())
     stored = sum(file.stat().st_size for file in Path(task.model).glob("*.safetensors"))

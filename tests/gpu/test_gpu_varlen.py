@@ -5,10 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from job.train.chunked_loss import MarkSupervised, chunk_loss
 from job.train.dataset import Row, move_batch
+from job.train.lora import lighten_lora
 from job.train.model import measure_difference
+from job.train.norms import fuse_norms
 from job.train.varlen import JoinRows
 
 LENGTHS = (40, 300, 1, 129)
@@ -58,11 +62,24 @@ def test_each_row_gets_what_it_gets_alone() -> None:
         assert measure_difference(joined, torch.cat(alone)) < ROUNDING
 
 
-def test_a_micro_batch_never_waits_for_the_gpu(errors_at_synchronisation: Any) -> None:
-    batch = move_batch(JoinRows("varlen")(make_rows()), "cuda")
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+def test_a_micro_batch_never_waits_for_the_gpu(loss: str, errors_at_synchronisation: Any) -> None:
+    collate = JoinRows("varlen")
+    batch = move_batch((MarkSupervised(collate) if loss == "chunked" else collate)(make_rows()), "cuda")
     tokens = torch.tensor(sum(LENGTHS), device="cuda")
-    model = make_models("varlen")[0].train()
-    model(**batch, num_items_in_batch=tokens).loss.backward()  # what is set up once may wait
+    base = make_models("varlen")[0]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    lighten_lora(model)
+    fuse_norms(model)
+    if loss == "chunked":
+        chunk_loss(model)
+
+    def learn() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            found = model(**batch, num_items_in_batch=tokens).loss
+        found.backward()
+
+    learn()  # what is set up once may wait
     torch.cuda.synchronize()
     errors_at_synchronisation()
-    model(**batch, num_items_in_batch=tokens).loss.backward()
+    learn()

@@ -33,8 +33,8 @@ import job.train.chunked_loss
 from job.errors import ConfigError
 from job.plan import TrainPlan
 from job.train.adapter import add_adapter
-from job.train.chunked_loss import check_loss_can_be_chunked, chunk_loss
-from job.train.dataset import IGNORED, PadRows, Row, join_rows
+from job.train.chunked_loss import MarkSupervised, check_loss_can_be_chunked, chunk_loss
+from job.train.dataset import IGNORED, Collate, PadRows, Row, join_rows
 from job.train.liger import check_liger_serves
 from job.train.loss import find_losses
 
@@ -148,6 +148,24 @@ def test_loss_and_gradients_are_those_of_the_full_way(plan_for: PlanFor, head: s
     for name, full in gradients[0].items():
         assert full.abs().max() > 0, name
         assert torch.allclose(gradients[1][name], full, rtol=1e-4, atol=1e-5 * full.abs().max().item()), name
+
+
+@pytest.mark.parametrize("collate", [join_rows, PadRows(0)], ids=["packed", "padded"])
+def test_marked_batches_come_to_the_same_without_being_counted(
+    plan_for: PlanFor, collate: Collate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = make_model(plan_for, TRAIN__LOSS="chunked")
+    chunk_loss(model)
+    plain, marked = collate(make_rows()), MarkSupervised(collate)(make_rows())
+    labels = plain["labels"]
+    assert [labels.flatten()[place + 1].item() for place in marked["supervised"]] == labels[labels != IGNORED].tolist()
+    expected = run(model, plain, 40), find_losses(model, {"input_ids": plain["input_ids"]}, labels, plan)
+    monkeypatch.setattr(job.train.chunked_loss, "find_supervised", None)
+    given = {name: marked[name] for name in ("input_ids", "supervised")}
+    (loss, trained), by_token = run(model, marked, 40), find_losses(model, given, labels, plan)
+    assert torch.equal(loss, expected[0][0])
+    assert all(torch.equal(gradient, expected[0][1][name]) for name, gradient in trained.items())
+    assert torch.equal(by_token, expected[1])
 
 
 @pytest.mark.parametrize("head", ["frozen", "lora", "trained whole, tied", "rows, tied"])

@@ -1,0 +1,158 @@
+"""What layers compute element by element, each compiled into one kernel on a GPU: rotary embeddings, and the product of
+a gated MLP.
+
+transformers' code takes a kernel, and a pass over memory, for every operation in them, and autograd keeps what lies
+between these. What is learned stays the same, but for rounding: a compiled kernel rounds once, at its end.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from job.log import logger
+from job.plan import TrainPlan
+
+# Compiling takes some ten seconds and saves some twentieth of a step: it is not worth it for less than this of each
+# GPU, which an H100 computes in four minutes.
+_LEAST_FLOPS = 1e17
+_TRIED_TOKENS = 48
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # relative, by rounding alone
+_PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_ROTATE = "apply_rotary_pos_emb"
+
+Function = Callable[..., Any]
+
+
+def is_worth_compiling(plan: TrainPlan, parameters: int) -> bool:
+    """Return whether a run is long enough: by 4 x parameters x tokens, of which each process has its share."""
+    tokens = plan.steps * plan.global_batch_size * plan.train_tokens / plan.train_rows
+    return 4 * parameters * tokens / plan.world_size >= _LEAST_FLOPS
+
+
+def compile_elementwise(model: PeftModel, device: str, dtype: torch.dtype) -> list[str]:
+    """Let the layers of a model that runs on a device, in a precision, rotate queries and keys, and multiply by their
+    gates, in compiled functions; return what they do so.
+
+    What doesn't compile, or comes to other numbers or gradients when it is tried here, stays as it is, with a warning;
+    so does, without a word, what an architecture computes in another way. Do it when the adapter is there.
+    """
+    from torch._inductor import config
+
+    config.compile_threads = 1  # the kernels are few and small, and this process ends without waiting for others
+    began_s = time.monotonic()
+    with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else nullcontext():
+        draw = partial(torch.randn, device=device, dtype=dtype)
+        done = {"rotary embeddings": _compile_rotation(model, draw), "gated MLPs": _compile_gates(model, draw)}
+    names = [name for name, is_done in done.items() if is_done]
+    logger.info("compiled: %s, in %.1f s", " and ".join(names) or "nothing", time.monotonic() - began_s)
+    return names
+
+
+def _compile_rotation(model: PeftModel, draw: Function) -> bool:
+    """Compile the function that the architecture's own module has, in its place there."""
+    base = model.get_base_model()
+    module, config = inspect.getmodule(type(base)), base.config
+    plain = getattr(module, _ROTATE, None)
+    heads = getattr(config, "num_attention_heads", None)
+    if plain is None or heads is None:
+        return False
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    # As attention has them: heads come after the tokens in memory.
+    states = [draw(1, _TRIED_TOKENS, number, size).transpose(1, 2) for number in (heads, key_heads)]
+    turned = next((2 * len(part.inv_freq) for part in base.modules() if hasattr(part, "inv_freq")), size)
+    angles = [draw(1, _TRIED_TOKENS, turned) for _ in ("cos", "sin")]
+    compiled = _compile(plain, states, angles, what="rotary embeddings")
+    if compiled is not None:
+        setattr(module, _ROTATE, compiled)
+    return compiled is not None
+
+
+def _compile_gates(model: nn.Module, draw: Function) -> bool:
+    gated: list[Any] = [module for module in model.modules() if all(hasattr(module, part) for part in _PARTS)]
+    plain = {kind for kind in {type(module) for module in gated} if _is_plain(kind)}
+    compiled: dict[Any, Function | None] = {}
+    for module in gated:
+        if type(module) not in plain or any(True for _ in module.act_fn.parameters()):
+            continue
+        kind = type(module.act_fn)
+        if kind not in compiled:
+            tried = [draw(1, _TRIED_TOKENS, module.up_proj.out_features) for _ in ("gate", "up")]
+            compiled[kind] = _compile(partial(_multiply, module.act_fn), tried, [], what="gated MLPs")
+        if (multiply := compiled[kind]) is not None:
+            module.forward = partial(_run_mlp, module, multiply)
+    return any(multiply is not None for multiply in compiled.values())
+
+
+def _multiply(activate: Function, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = activate(gate) * up
+    return product
+
+
+def _run_mlp(module: Any, multiply: Function, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what an MLP makes of hidden (..., D)."""
+    projected: torch.Tensor = module.down_proj(multiply(module.gate_proj(hidden), module.up_proj(hidden)))
+    return projected
+
+
+def _is_plain(kind: Any) -> bool:
+    """Prove on numbers of our own that modules of a class compute what `_run_mlp` does."""
+    if len(inspect.signature(kind.forward).parameters) != len(("self", "hidden")):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    gate, up, down = (partial(torch.matmul, other=torch.randn(8, 8, generator=generator)) for _ in _PARTS[:3])
+    stand_in = SimpleNamespace(gate_proj=gate, up_proj=up, down_proj=down, act_fn=torch.tanh)
+    hidden = torch.randn(3, 8, generator=generator)
+    try:
+        actual = kind.forward(stand_in, hidden)
+    except (AttributeError, TypeError):  # it has parts that the plain ones don't
+        return False
+    expected = _run_mlp(stand_in, partial(_multiply, torch.tanh), hidden)
+    return isinstance(actual, torch.Tensor) and torch.equal(actual, expected)
+
+
+def _compile(
+    plain: Function, learned: Sequence[torch.Tensor], others: Sequence[torch.Tensor], *, what: str
+) -> Function | None:
+    """Return a function compiled, once it has come to the same results and gradients of what is `learned`; else None.
+
+    All tensors have their tokens in the last dimension but one, whose size may be another each time.
+    """
+    try:
+        expected = _differentiate(plain, learned, others)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # another kind of function, in spite of its name
+        return None
+    compiled: Function = torch.compile(plain)
+    for tensor in (*learned, *others):
+        torch._dynamo.mark_dynamic(tensor, tensor.dim() - 2)
+    try:
+        actual = _differentiate(compiled, learned, others)
+    except Exception as error:  # noqa: BLE001 - whatever it is that this machine lacks, the plain way is there
+        logger.warning("%s stay as they are, for they don't compile here: %s", what, str(error).splitlines()[0])
+        return None
+    for one, other in zip(actual, expected, strict=True):
+        difference = ((one - other).float().norm() / other.float().norm()).item()
+        if one.dtype != other.dtype or not difference <= _TOLERANCE[other.dtype]:
+            logger.warning("%s stay as they are: compiled, they come to other numbers (%.2g)", what, difference)
+            return None
+    return compiled
+
+
+def _differentiate(
+    function: Function, learned: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the results of a function, and the gradients of what is learned for them squared."""
+    for tensor in learned:
+        tensor.requires_grad_()
+    results = function(*learned, *others)
+    results = list(results) if isinstance(results, tuple) else [results]
+    total = sum(result.float().square().sum() for result in results)
+    return [*results, *torch.autograd.grad(total, list(learned))]
