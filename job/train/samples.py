@@ -52,7 +52,9 @@ class Answerer:
             if not self._is_wanted(time.monotonic() < until_s):
                 break
             indices = mine[turn * batch_size : (turn + 1) * batch_size]
-            answers = self._answer_batch([prompts[index] for index in indices or [0]], samples, until_s)
+            # Around all tokens: what it has rounded of the adapter's weights is kept to its end.
+            with torch.autocast(plan.device, dtype=getattr(torch, plan.dtype), enabled=plan.dtype != "float32"):
+                answers = self._answer_batch([prompts[index] for index in indices or [0]], samples, until_s)
             for index, answer in zip(indices, answers, strict=False):
                 found[index, : 1 + len(answer)] = torch.tensor([1 + len(answer), *answer])
         self.model.train(was_training)
@@ -101,9 +103,7 @@ class Answerer:
             inputs["use_cache"] = True
         if cache is not None:
             inputs["past_key_values"] = cache
-        plan = self.plan
-        with torch.autocast(plan.device, dtype=getattr(torch, plan.dtype), enabled=plan.dtype != "float32"):
-            output = self.model(**inputs)
+        output = self.model(**inputs)
         return output.logits[:, -1].float(), output.get("past_key_values")
 
     def _accepted(self) -> set[str]:
