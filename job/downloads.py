@@ -2,6 +2,7 @@
 what it doesn't have."""
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from job.phases import phase
 from job.storage import ReadableStore, StoredFile
 
 _INDEX = "fetched.json"
+_LARGE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class Downloads:
         self._store = store
         if not (folder / _INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
             raise InternalError(f"{folder} holds files that the job has not put there")
+        self._lock = threading.Lock()
         self._index = _read_index(folder / _INDEX)
         self._write_index()
         self._delete_all_but({file.path for file in files if self._is_here(file)})
 
     def fetch(self, files: list[StoredFile], label: str) -> list[FetchedFile]:
         """Make the files readable here, in their order; one that was fetched before, and is unchanged on both sides,
-        stays as it is. Raises what the store's `fetch` raises."""
+        stays as it is. What came before an error, or a kill, is kept: large files one by one, as they come. Raises what
+        the store's `fetch` raises."""
         paths = {file.path: self._folder / file.path for file in files if self._is_here(file)}
         missing = [file for file in files if file.path not in paths]
         if paths:
@@ -50,7 +54,7 @@ class Downloads:
             logger.info("%s: %d of %d files, %s, were fetched before", label, len(paths), len(files), kept)
         if missing:
             with phase("download"), transfer_progress(label, sum(file.size_bytes for file in missing)) as progress:
-                fetched = self._store.fetch(missing, self._folder, progress)
+                fetched = self._store.fetch(missing, self._folder, progress, self._remember_large)
             paths |= {file.path: path for file, path in zip(missing, fetched, strict=True)}
             self._remember(missing, fetched)
         return [FetchedFile(file, paths[file.path]) for file in files]
@@ -79,6 +83,11 @@ class Downloads:
                     path.rmdir()
             elif path not in wanted:
                 path.unlink()
+
+    def _remember_large(self, file: StoredFile, path: Path) -> None:
+        if file.size_bytes >= _LARGE_BYTES:
+            with self._lock:
+                self._remember([file], [path])
 
     def _remember(self, files: list[StoredFile], paths: list[Path]) -> None:
         for file, path in zip(files, paths, strict=True):

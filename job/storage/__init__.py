@@ -28,6 +28,8 @@ class StoredFile:
 
 # Where transferred bytes are reported, from several threads; a negative count takes back a try that failed.
 Progress = Callable[[int], None]
+# Told of each file that has come into the folder, and of its path there, from several threads.
+Arrived = Callable[["StoredFile", Path], None]
 
 
 class ReadableStore(Protocol):
@@ -42,7 +44,9 @@ class ReadableStore(Protocol):
         """
         ...
 
-    def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
+    def fetch(
+        self, files: list[StoredFile], folder: Path, progress: Progress, arrived: Arrived | None = None
+    ) -> list[Path]:
         """Make the files readable here, in parallel and verified, and return their paths in the same order.
 
         S3 downloads into the folder, under the files' relative paths. The Hub uses its cache (HF_HOME), and a local

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub.hf_api import RepoSibling
 
 from job.errors import NotFoundError
-from job.storage import Progress, StoredFile
+from job.storage import Arrived, Progress, StoredFile
 from job.storage.hub_repository import Bar, HubRepository, etag_of
 from job.storage.paths import compile_pattern, is_pattern, pattern_folder
 from job.storage.transfer import Task, run_tasks
@@ -39,7 +39,9 @@ class HubStore:
         files = [_describe(siblings[name], path, f"{place}/{name}") for name, path in chosen.items()]
         return sorted(files, key=lambda file: file.path)
 
-    def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
+    def fetch(
+        self, files: list[StoredFile], folder: Path, progress: Progress, arrived: Arrived | None = None
+    ) -> list[Path]:
         """Download the files at their commit into the Hub's cache, unless they are there, and return their paths."""
         stop = threading.Event()
         paths: dict[str, Path] = {}

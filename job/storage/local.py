@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from job.errors import ConfigError, DeniedError, NotFoundError, UnavailableError
-from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
+from job.storage import PROBE_NAME, Arrived, Progress, StoredFile, digest_rows
 from job.storage.paths import (
     atomic_file,
     check_path,
@@ -55,7 +55,9 @@ class LocalStore:
             )
         return sorted(files, key=lambda file: file.path)
 
-    def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
+    def fetch(
+        self, files: list[StoredFile], folder: Path, progress: Progress, arrived: Arrived | None = None
+    ) -> list[Path]:
         """Return the paths of the files where they lie, after a look that they are still what `find` saw."""
         paths = []
         for file in files:

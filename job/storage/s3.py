@@ -16,7 +16,7 @@ from botocore import exceptions as boto
 
 from job.errors import ConfigError, NotFoundError, UnavailableError
 from job.log import logger
-from job.storage import PROBE_NAME, Progress, StoredFile, digest_rows
+from job.storage import PROBE_NAME, Arrived, Progress, StoredFile, digest_rows
 from job.storage.paths import check_path, compile_pattern, is_pattern, literal_prefix, pattern_folder
 from job.storage.s3_client import code_and_status, endpoint_of, open_client, reply_error, s3_errors
 from job.storage.s3_object import NoSuchKeyError, S3Object
@@ -78,12 +78,16 @@ class S3Store:
             raise NotFoundError(f"{self.label}: nothing is there", hint=self._describe_neighbours())
         return files
 
-    def fetch(self, files: list[StoredFile], folder: Path, progress: Progress) -> list[Path]:
+    def fetch(
+        self, files: list[StoredFile], folder: Path, progress: Progress, arrived: Arrived | None = None
+    ) -> list[Path]:
         """Download the files into the folder, each in the version that `find` saw, and verified."""
         targets = [folder / check_path(file.path, self.label_of(file.uri)) for file in files]
         quick = self._open_quick(file.size_bytes for file in files)
         objects = [self._object(file, quick) for file in files]
-        download(list(zip(objects, targets, strict=True)), progress)
+        by_target = dict(zip(targets, files, strict=True))
+        tell = None if arrived is None else lambda target: arrived(by_target[target], target)
+        download(list(zip(objects, targets, strict=True)), progress, tell)
         return targets
 
     def revision(self, files: list[StoredFile]) -> str:

@@ -124,10 +124,15 @@ def _run_waiting(
             ended.put(error)
 
 
-def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
-    """Download every source to its path, all over the same threads; no temporary file is left, whatever happens."""
+def download(
+    sources: list[tuple[Source, Path]], progress: Progress, arrived: Callable[[Path], None] | None = None
+) -> None:
+    """Download every source to its path, all over the same threads; no temporary file is left, whatever happens.
+
+    `arrived` is told of each path on one of the threads, as soon as the file is there.
+    """
     stop = threading.Event()
-    downloads = [_Download(source, target, progress, stop) for source, target in sources]
+    downloads = [_Download(source, target, progress, stop, arrived) for source, target in sources]
     try:
         tasks: list[Task] = []
         for one in downloads:
@@ -148,7 +153,15 @@ def download(sources: list[tuple[Source, Path]], progress: Progress) -> None:
 class _Download:
     """One file on its way. Its segments run on several threads; the one that ends last verifies and renames."""
 
-    def __init__(self, source: Source, target: Path, progress: Progress, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        source: Source,
+        target: Path,
+        progress: Progress,
+        stop: threading.Event,
+        arrived: Callable[[Path], None] | None,
+    ) -> None:
+        self._arrived = arrived
         self.source = source
         self.target = target
         self._folder = target.parent
@@ -268,6 +281,8 @@ class _Download:
         with disk_errors(self._folder, self.source.label):
             sync(self._temporary)
             self._temporary.replace(self.target)
+        if self._arrived is not None:
+            self._arrived(self.target)
         return []
 
     def _wait_or_give_up(self, tries: int, error: BrokenTransferError) -> None:
