@@ -49,7 +49,8 @@ def compile_elementwise(model: PeftModel, device: str, dtype: torch.dtype) -> li
     config.compile_threads = 1  # the kernels are few and small, and this process ends without waiting for others
     began_s = time.monotonic()
     with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else nullcontext():
-        draw = partial(torch.randn, device=device, dtype=dtype)
+        generator = torch.Generator(device).manual_seed(0)  # the training's own numbers stay as they are
+        draw = partial(torch.randn, device=device, dtype=dtype, generator=generator)
         done = {"rotary embeddings": _compile_rotation(model, draw), "gated MLPs": _compile_gates(model, draw)}
     names = [name for name, is_done in done.items() if is_done]
     logger.info("compiled: %s, in %.1f s", " and ".join(names) or "nothing", time.monotonic() - began_s)
@@ -136,7 +137,8 @@ def _compile(
     try:
         actual = _differentiate(compiled, learned, others)
     except Exception as error:  # noqa: BLE001 - whatever it is that this machine lacks, the plain way is there
-        logger.warning("%s stay as they are, for they don't compile here: %s", what, str(error).splitlines()[0])
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        logger.warning("%s stay as they are, for they don't compile here: %s", what, why)
         return None
     for one, other in zip(actual, expected, strict=True):
         difference = ((one - other).float().norm() / other.float().norm()).item()
