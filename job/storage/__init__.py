@@ -50,8 +50,8 @@ class ReadableStore(Protocol):
         """Make the files readable here, in parallel and verified, and return their paths in the same order.
 
         S3 downloads into the folder, under the files' relative paths. The Hub uses its cache (HF_HOME), and a local
-        store the files in place: they leave the folder empty. Raises UnavailableError where a file changed after
-        `find`, or arrives damaged every time.
+        store the files in place: they leave the folder empty, and tell `arrived` nothing. Raises UnavailableError where
+        a file changed after `find`, or arrives damaged every time.
         """
         ...
 

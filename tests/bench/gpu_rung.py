@@ -114,6 +114,7 @@ def measure(task: Task) -> Measured:
     is_compiled = task.settings.get(COMPILED) == "true"
     with tempfile.TemporaryDirectory(prefix="sft-job-bench-") as name, ExitStack() as patches:
         patches.enter_context(mock.patch("job.train.model.is_worth_compiling", return_value=is_compiled))
+        patches.enter_context(mock.patch("job.train.model.compile_elementwise", _compile_or_refuse))
         if task.settings.get(PLAIN_NORMS) == "true":
             patches.enter_context(mock.patch("job.train.model.fuse_norms"))
         try:
@@ -124,6 +125,16 @@ def measure(task: Task) -> Measured:
             if (shortage := describe_shortage(error)) is None:
                 raise
             return Measured(lacking=shortage, out_of_memory=True)
+
+
+def _compile_or_refuse(*model: Any) -> None:
+    """Compile as the job does; what it only warns of would make a rung tell of what is not there."""
+    from job.errors import ConfigError
+    from job.train.elementwise import compile_elementwise
+
+    done = compile_elementwise(*model)
+    if done != ["rotary embeddings", "gated MLPs"]:
+        raise ConfigError(f"of rotary embeddings and gated MLPs only {done} compile here", hint="see the log")
 
 
 def _train(task: Task, root: Path) -> Measured:

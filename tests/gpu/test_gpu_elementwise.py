@@ -1,5 +1,8 @@
 """Elementwise parts of the layers compiled on a GPU: fewer kernels, with the numbers and gradients of transformers'."""
 
+import copy
+import statistics
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-ROUNDING = 3e-2  # relative, of bfloat16
+ROUNDING = 1.3  # of what transformers' own bfloat16 is from float32, on average
 IDS = torch.arange(1, 300)[None]
 
 
@@ -30,12 +33,12 @@ def make_model() -> PeftModel:
     return model.to("cuda").train()
 
 
-def learn(model: PeftModel) -> tuple[list[torch.Tensor], int]:
+def learn(model: PeftModel, dtype: torch.dtype = torch.bfloat16) -> tuple[list[torch.Tensor], int]:
     """Return logits and gradients, and how many kernels that took."""
     model.zero_grad()
     ids = IDS.cuda()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = model(input_ids=ids, labels=ids, use_cache=False)
         output.loss.backward()
         torch.cuda.synchronize()
@@ -43,13 +46,19 @@ def learn(model: PeftModel) -> tuple[list[torch.Tensor], int]:
     return [output.logits.detach(), *gradients], len(profile.events())
 
 
+def find_error(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Return how far tensors lie from the exact ones, relative to their size, on average."""
+    pairs = zip(actual, exact, strict=True)
+    return statistics.mean(((one.float() - other).norm() / other.norm()).item() for one, other in pairs)
+
+
 def test_numbers_and_gradients_stay_by_fewer_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     model = make_model()
-    expected, plain_kernels = learn(model)
+    exact, _ = learn(copy.deepcopy(model).float(), torch.float32)
+    plain, plain_kernels = learn(model)
     assert compile_elementwise(model, "cuda", torch.bfloat16) == ["rotary embeddings", "gated MLPs"]
     learn(model)
-    actual, kernels = learn(model)
+    compiled, kernels = learn(model)
     assert kernels < plain_kernels
-    for one, other in zip(actual, expected, strict=True):
-        assert (one - other).float().norm() < ROUNDING * other.float().norm()
+    assert 0 < find_error(compiled, exact) < ROUNDING * find_error(plain, exact) < ROUNDING / 10
