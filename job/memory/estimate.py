@@ -1,12 +1,16 @@
-"""How much memory one training process needs, part by part: arithmetic on plain numbers, without a look at the machine.
+"""How much memory one training process needs, part by part: arithmetic on plain numbers.
 
-The counts are those of what PyTorch's autograd keeps for transformers' llama-like decoders under PEFT, read from their
-sources and compared with the measured peaks of real runs (tests/unit/test_memory_peaks.py). All sizes are in bytes, for
-the process that needs the most; the micro batch that counts is the largest, of `micro_batch_tokens`.
+Of the machine it looks at nothing but the build of PyTorch that is installed. The counts are those of what PyTorch's
+autograd keeps for transformers' llama-like decoders under PEFT, read from their sources and compared with the measured
+peaks of real runs (tests/unit/test_memory_peaks.py). All sizes are in bytes, for the process that needs the most; the
+micro batch that counts is the largest, of `micro_batch_tokens`.
 """
 
 import math
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,6 +35,7 @@ _BYTES_OF_QUANTIZED = {
 # What a process holds before any weight: on a CPU, Python with torch, transformers and PEFT; on a GPU, CUDA's context
 # with its kernels (not measured by us: 0.5 to 0.6 GiB is what NVML shows for an H100) and cuBLAS's workspace.
 _OVERHEAD_BYTES = {"cpu": 560 * _MIB, "cuda": 640 * _MIB}
+_CUDA_BUILD_BYTES = 310 * _MIB  # more of PyTorch's libraries, on a CPU where they are of the build for GPUs
 _NCCL_BYTES = 256 * _MIB
 # glibc's heap keeps pages between what is alive: shares of what autograd keeps of all layers without checkpointing, and
 # layers' worth, as measured on a CPU; the larger counts. Recomputed layers leave it most: with checkpointing,
@@ -113,7 +118,14 @@ def count_checkpointed_layers(share: float, layers: int) -> int:
 def overhead_bytes(device: Device, world_size: int) -> int:
     """Return what a process holds that isn't of the model: programs, CUDA's context, buffers of the communication."""
     communication = _NCCL_BYTES if device == "cuda" and world_size > 1 else 0
-    return _OVERHEAD_BYTES[device] + communication
+    idle = _CUDA_BUILD_BYTES if device == "cpu" and _is_built_for_gpus() else 0
+    return _OVERHEAD_BYTES[device] + communication + idle
+
+
+@cache
+def _is_built_for_gpus() -> bool:
+    """Say whether the PyTorch that is installed, which nobody has imported yet, brings CUDA's libraries."""
+    return Path(str(distribution("torch").locate_file("torch/lib/libtorch_cuda.so"))).exists()
 
 
 def _weights(setup: Setup, shape: ModelShape) -> int:
