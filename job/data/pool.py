@@ -7,6 +7,7 @@ business; none outlives the parent, and none is left when the pool is closed, or
 
 import gc
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Generator, Iterator
@@ -15,7 +16,6 @@ from itertools import islice
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, NamedTuple
 
 from job.data.encode_chunk import ChunkEncoder, EncodedChunk, Task
@@ -61,7 +61,7 @@ class Encoders:
             yield from map(ChunkEncoder(tokenizer), tasks)
             return
         try:
-            pickled = ForkingPickler.dumps(tokenizer)
+            pickled = pickle.dumps(tokenizer)
             for worker in self._workers:
                 worker.send_bytes(pickled)
             yield from _share_out(tasks, self._workers)
@@ -88,7 +88,7 @@ def _share_out(tasks: Iterator[Task], workers: "list[_Worker]") -> Iterator[Enco
         room = taken + _CHUNKS_AHEAD * len(workers) - given
         for task in islice(tasks, min(len(idle), room)):
             worker = idle.pop()
-            worker.send_bytes(ForkingPickler.dumps(task))
+            worker.send_bytes(pickle.dumps(task))
             busy[worker.connection] = given, worker
             given += 1
         if not busy:
@@ -110,7 +110,9 @@ class _Worker(NamedTuple):
     process: SpawnProcess
     connection: "Connection"
 
-    def send_bytes(self, pickled: memoryview) -> None:
+    def send_bytes(self, pickled: bytes) -> None:
+        # bytes, not the view of a BytesIO that multiprocessing makes of an object: the garbage collector of Python
+        # 3.12.1 crashes when it meets one, as in the frames of an error.
         try:
             self.connection.send_bytes(pickled)
         except ConnectionError as error:
