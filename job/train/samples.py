@@ -44,8 +44,8 @@ class Answerer:
         plan, prompts = self.plan, [prompt.ids for prompt in samples.prompts]
         found = torch.zeros((len(prompts), 1 + samples.max_new_tokens), dtype=torch.int64)  # 1 + length, tokens
         mine = range(self.rank, len(prompts), plan.world_size)
-        if "past_key_values" not in self._accepted():
-            batch_size = 1  # padding in front would be part of a state
+        if self._is_recurrent():
+            batch_size = 1  # padding in front would be part of the state
         was_training = self.model.training
         self.model.eval()
         for turn in range(math.ceil(len(prompts) / (batch_size * plan.world_size))):  # as often on every process
@@ -93,18 +93,28 @@ class Answerer:
     def _predict(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         """Return the logits (B, V) of the token behind `ids` (B, T), and what the model remembers of these, or None."""
         fresh = ids if cache is None else ids[:, -1:]
-        inputs: dict[str, Any] = {"input_ids": fresh, "attention_mask": mask}
-        accepted = self._accepted()
+        inputs: dict[str, Any] = {"input_ids": fresh}
+        if not self._is_recurrent():  # Mamba multiplies by it, and takes one token for as many as the mask is wide
+            inputs["attention_mask"] = mask
+        accepted, cache_name = self._accepted(), self._cache_name()
         if "position_ids" in accepted:  # others find positions by the mask
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
         if "logits_to_keep" in accepted:  # all logits of a long prompt are gigabytes
             inputs["logits_to_keep"] = 1
         if "use_cache" in accepted:  # the configuration says no, for the sake of joined rows
             inputs["use_cache"] = True
-        if cache is not None:
-            inputs["past_key_values"] = cache
+        if cache is not None and cache_name is not None:
+            inputs[cache_name] = cache
         output = self.model(**inputs)
-        return output.logits[:, -1].float(), output.get("past_key_values")
+        return output.logits[:, -1].float(), output.get(cache_name) if cache_name else None
+
+    def _is_recurrent(self) -> bool:
+        """Say whether all that the model keeps of a text is a state: without attention it takes no positions."""
+        return self.base._is_stateful and "position_ids" not in self._accepted()
+
+    def _cache_name(self) -> str | None:
+        """What the model calls what it keeps: `cache` from transformers 5.24 on; None for another name, as RWKV's."""
+        return next((name for name in ("cache", "past_key_values") if name in self._accepted()), None)
 
     def _accepted(self) -> set[str]:
         # Of the class: the loss in chunks has put another function into the model.
