@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VERSIONS := requirements.lock
 FAULT_PROXY := .cache/mitmproxy-venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo image sbom chart test test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpointing bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale bench-storage lint format types docs lock clean
+.PHONY: help demo image sbom chart test test-lowest test-newest test-chart test-distributed test-faults test-docker test-cluster soak test-gpu bench bench-data bench-loss bench-checkpointing bench-checkpoints bench-phases bench-gpu bench-fp8 bench-scale bench-storage lint format types docs lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -18,6 +19,21 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 
 test: $(INSTALLED) ## Run the tests, but for those of the targets below
 	$(PYTEST)
+
+# What pyproject.toml admits has two ends, each in an environment of its own. PyPI's PyTorch is the build for GPUs: 5 GB.
+test-lowest: .cache/lowest.txt ## Run test and test-distributed with the lowest versions that pyproject.toml admits; 40 minutes
+	$(MAKE) test test-distributed VENV=.cache/lowest-venv VERSIONS=$<
+
+test-newest: ## Run them with the newest versions that it admits
+	mkdir -p .cache
+	sed -n '/^torch==/s/==.*//p' requirements.lock > .cache/newest.txt
+	rm -rf .cache/newest-venv
+	$(MAKE) test test-distributed VENV=.cache/newest-venv VERSIONS=.cache/newest.txt
+
+# The lowest of what the job needs; its tools are the newest.
+.cache/lowest.txt: pyproject.toml
+	mkdir -p $(@D)
+	sed -n '/^dependencies/,/^dev/ s/.*"\([a-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' $< > $@
 
 test-chart: $(INSTALLED) ## Run the tests of the chart, by Helm 4 and 3, and of training from CI
 	$(PYTEST) tests/chart
@@ -155,11 +171,11 @@ clean: ## Remove the virtual environment and the demo's server, data and adapter
 	rm -rf $(VENV) .cache
 
 # torch comes first and by itself: pip then takes a build that is already on the machine, if there is one.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): $(VERSIONS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed; set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
-	grep '^torch==' requirements.lock | xargs $(BIN)/pip install --quiet --disable-pip-version-check
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	grep '^torch\b' $(VERSIONS) | xargs $(BIN)/pip install --quiet --disable-pip-version-check
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS) --editable '.[dev]'
 	touch $@
 
 # The tool of `make sbom` is no part of the job and its tests.

@@ -82,6 +82,10 @@ def test_product_and_gradient_are_those_of_the_rounded_weight(bias: bool, dtype:
     assert cosine_similarity(layer.dequantize(), plain.weight.float(), dim=1).min() > 0.999
 
 
+@pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < "2.13",
+    reason="PyTorch 2.11's form for CPUs takes one scale for all rows; the job multiplies by it on GPUs alone",
+)
 def test_pytorchs_own_kernel_gives_the_same() -> None:
     """The operator that runs on GPUs has a form for CPUs, with the same scales and the same order of what it takes."""
     _, layer = make_layer()

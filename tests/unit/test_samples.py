@@ -19,6 +19,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
 )
 
 from job.handover import PromptInput, SampleInputs
@@ -69,6 +71,15 @@ def mamba() -> PreTrainedModel:
     return MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4))
 
 
+def qwen3_5() -> PreTrainedModel:
+    """A model of both: layers with attention, and layers that keep a state."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    widths = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    layers = ["linear_attention", "full_attention"]
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(vocab_size=VOCABULARY, layer_types=layers, **sizes, **heads, **widths))
+
+
 def make_model(plan: TrainPlan, make: Callable[[], PreTrainedModel], token_ids: list[int]) -> PeftModel:
     """Return a model that is being trained, whose adapter changes what it says."""
     torch.manual_seed(0)
@@ -116,8 +127,9 @@ def generate(model: PeftModel, stops: list[int] = []) -> list[list[int]]:  # noq
         (gpt2, {"LORA__TARGET_MODULES": "c_attn"}, []),
         (bloom, {"LORA__TARGET_MODULES": "query_key_value"}, []),
         (mamba, {"LORA__TARGET_MODULES": "in_proj"}, []),
+        (qwen3_5, {"LORA__TARGET_MODULES": "q_proj,out_proj"}, []),
     ],
-    ids=["plain", "chunked and checkpointed", "whole modules", "rows and DoRA", "gpt2", "bloom", "mamba"],
+    ids=["plain", "chunked and checkpointed", "whole modules", "rows and DoRA", "gpt2", "bloom", "mamba", "qwen3.5"],
 )
 def test_they_are_those_of_generate(
     plan_for: PlanFor, make: Callable[[], PreTrainedModel], settings: dict[str, str], token_ids: list[int]
