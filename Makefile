@@ -33,7 +33,7 @@ test-newest: ## Run them with the newest versions that it admits
 # The lowest of what the job needs; its tools are the newest.
 .cache/lowest.txt: pyproject.toml
 	mkdir -p $(@D)
-	sed -n '/^dependencies/,/^dev/ s/.*"\([a-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' $< > $@
+	sed -n '/^dependencies/,/^dev/ s/.*"\([a-z0-9_-]*\)>=\([0-9.]*\).*/\1==\2/p' $< > $@
 
 test-chart: $(INSTALLED) ## Run the tests of the chart, by Helm 4 and 3, and of training from CI
 	$(PYTEST) tests/chart
