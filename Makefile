@@ -20,8 +20,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 test: $(INSTALLED) ## Run the tests, but for those of the targets below
 	$(PYTEST)
 
-# What pyproject.toml admits has two ends, each in an environment of its own. PyPI's PyTorch is the build for GPUs: 5 GB.
-test-lowest: .cache/lowest.txt ## Run test and test-distributed with the lowest versions that pyproject.toml admits; 40 minutes
+# What pyproject.toml admits has two ends, each in an environment of its own. PyPI's PyTorch is the build for GPUs: 6 GB.
+test-lowest: .cache/lowest.txt ## Run test and test-distributed with the lowest versions that pyproject.toml admits
 	$(MAKE) test test-distributed VENV=.cache/lowest-venv VERSIONS=$<
 
 test-newest: ## Run them with the newest versions that it admits

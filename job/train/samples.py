@@ -109,8 +109,8 @@ class Answerer:
         return output.logits[:, -1].float(), output.get(cache_name) if cache_name else None
 
     def _is_recurrent(self) -> bool:
-        """Say whether all that the model keeps of a text is a state: without attention it takes no positions."""
-        return self.base._is_stateful and "position_ids" not in self._accepted()
+        """Say whether all that the model keeps of a text may be a state: without attention it takes no positions."""
+        return self._cache_name() is None or (self.base._is_stateful and "position_ids" not in self._accepted())
 
     def _cache_name(self) -> str | None:
         """What the model calls what it keeps: `cache` from transformers 5.24 on; None for another name, as RWKV's."""
