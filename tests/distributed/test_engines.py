@@ -1,6 +1,7 @@
 """The distributed engines through the command line: what they train beside LoRA, and that none is taken for another."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ sys.exit(main(["run"]))
     ("engine", "processes", "misled", "found"),
     [
         ("zero3", 2, ("zero3.json", "zero2.json"), "DEEPSPEED stage 2, 2 processes"),
-        ("zero2", 2, ("zero2.yaml", "ddp.yaml"), "NO, 2 processes"),
+        ("zero2", 2, ("zero2.yaml", "ddp.yaml"), "(NO|MULTI_CPU), 2 processes"),  # by Accelerate's version
     ],
 )
 def test_another_engine_than_the_plans_ends_the_run(
@@ -54,7 +55,7 @@ def test_another_engine_than_the_plans_ends_the_run(
     assert ended.returncode == 70, ended.stderr
     outcome = json.loads((tmp_path / "termination.json").read_text())
     assert outcome["message"].startswith("the plan promised ")
-    assert f"; the run has {found}, cpu" in outcome["message"]
+    assert re.search(f"; the run has {found}, cpu$", outcome["message"])
     assert not (tmp_path / "slot" / "manifest.json").exists()
 
 
