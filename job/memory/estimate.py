@@ -237,8 +237,10 @@ def _layer_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
     """Return what autograd keeps of one layer for a token: the inputs of norms, attention, gate and LoRA."""
     norms = shape.norms_per_layer * shape.hidden_size
     norms += shape.query_size + shape.kv_size if shape.has_qk_norms else 0
+    # A norm that a GPU computes in one kernel keeps the residual stream itself, others a copy of it in float32.
+    norms *= setup.itemsize if setup.device == "cuda" and shape.has_plain_norms else _FLOAT32
     gate = 3 * shape.intermediate_size * setup.itemsize  # before and behind the activation function, and what it gates
-    return norms * _FLOAT32 + _attention_bytes_of_token(setup, shape) + gate + _adapter_bytes_of_token(setup, shape)
+    return norms + _attention_bytes_of_token(setup, shape) + gate + _adapter_bytes_of_token(setup, shape)
 
 
 def _attention_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
@@ -293,9 +295,9 @@ def _logits(setup: Setup, shape: ModelShape) -> int:
     hidden_gradient = setup.micro_batch_tokens * shape.hidden_size * _FLOAT32
     tokens = setup.micro_batch_tokens
     if setup.loss == "chunked":
-        tokens = min(tokens, LOSS_CHUNK_TOKENS)
-    elif (
-        setup.loss == "liger"
-    ):  # so many tokens at a time that a chunk of logits is about as large as the hidden states
+        # A GPU makes float32 of them all at once, and then the logarithms; a CPU does so with a few rows at a time.
+        bytes_of_logit = setup.itemsize + (2 * _FLOAT32 if setup.device == "cuda" else 0)
+        return bytes_of_logit * min(tokens, LOSS_CHUNK_TOKENS) * shape.vocabulary_size + hidden_gradient
+    if setup.loss == "liger":  # so many tokens at a time that a chunk of logits is about as large as the hidden states
         tokens = min(tokens, 2 * tokens * shape.hidden_size // max(1, shape.vocabulary_size) + 1)
     return _LOGIT_COPIES * _FLOAT32 * tokens * shape.vocabulary_size + hidden_gradient

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 # Decoders built like llama's, whose parts are known one by one: how many norms a layer has, and whether queries and
 # keys have norms of their own. Counted in transformers 5.23.
-_KNOWN: dict[str, tuple[int, bool]] = {
+KNOWN: dict[str, tuple[int, bool]] = {
     "gemma": (2, False),
     "gemma2": (4, False),
     "gemma3_text": (4, True),
@@ -21,6 +21,8 @@ _KNOWN: dict[str, tuple[int, bool]] = {
     "qwen3": (2, True),
     "smollm3": (2, False),
 }
+# Those of them whose norms are more than weight * x / sqrt(mean(x^2) + epsilon): they add 1 to the weight.
+_OTHER_NORMS = frozenset({"gemma", "gemma2", "gemma3_text"})
 # Where a configuration says each size, by family; the first that is there counts.
 _KEYS = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -65,6 +67,11 @@ class ModelShape:
         """Width of all heads' keys, and of their values."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def has_plain_norms(self) -> bool:
+        """Say whether its norms are such as a GPU computes in one kernel (job.train.norms)."""
+        return self.is_known and self.model_type not in _OTHER_NORMS
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """Return the linear modules of one layer: name -> (inputs, outputs)."""
         hidden, inner, query, kv = self.hidden_size, self.intermediate_size, self.query_size, self.kv_size
@@ -96,10 +103,10 @@ def read_model_shape(configuration: Mapping[str, object], stored_bytes: int) -> 
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_dim"] = sizes["head_dim"] or (sizes["hidden_size"] // sizes["heads"] if sizes["heads"] else 0)
     sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * sizes["hidden_size"]
-    norms_per_layer, has_qk_norms = _KNOWN.get(model_type, (2, False))
+    norms_per_layer, has_qk_norms = KNOWN.get(model_type, (2, False))
     tied = tree.get("tie_word_embeddings")
     # A model with a picture or sound encoder has other weights, too.
-    is_known = model_type in _KNOWN and all(sizes.values()) and not isinstance(nested, dict)
+    is_known = model_type in KNOWN and all(sizes.values()) and not isinstance(nested, dict)
     shape = ModelShape(
         model_type=model_type,
         parameters=stored_bytes // _find_itemsize(tree, configuration),

@@ -7,7 +7,7 @@ kernel has the same idea: https://arxiv.org/abs/2410.10989, section 3.2.)
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +27,7 @@ _PROOF_TOKENS = 128
 _PROOF_LOGITS = 100.0  # mean size that logits are brought to, beyond any cap
 _LOGITS_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}  # relative, by rounding alone
 _LOSS_TOLERANCE = 1e-5  # relative, of the same logits in float32
+_SLICE_BYTES = 6 * 2**20  # of logits in float32: they stay in a CPU's cache from one pass over them to the next
 
 
 def chunk_loss(model: PeftModel, *, same_on_all_processes: bool = False) -> None:
@@ -111,12 +112,30 @@ def _find_losses(base: PreTrainedModel, chosen: torch.Tensor, targets: torch.Ten
     """Return the loss (N,) of each of the chosen hidden states (N, D)."""
     head = base.get_output_embeddings()
     pieces = zip(chosen.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-    return torch.cat([_lose_chunk(head, piece, aims, reduction="none") for piece, aims in pieces])
+    return torch.cat([_lose(head(piece), aims) for piece, aims in pieces])
 
 
-def _lose_chunk(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, reduction: str) -> torch.Tensor:
-    logits = head(hidden).float()  # (n, V)
-    return nn.functional.cross_entropy(logits, targets, reduction=reduction)
+def _lose(logits: torch.Tensor, targets: torch.Tensor, *, differentiate: bool = False) -> torch.Tensor:
+    """Return the losses (n,) of logits (n, V), float32; if told so, in the logits' place is then the gradient of their
+    sum.
+
+    Autograd would take several times as many passes over memory for the same numbers.
+    """
+    losses = []
+    for piece, aims in _cut(logits, targets):
+        logarithms = torch.log_softmax(piece, dim=-1, dtype=torch.float32)  # of the probabilities
+        losses.append(-logarithms.gather(1, aims))
+        if differentiate:
+            aimed_at = torch.full_like(aims, -1, dtype=torch.float32)
+            piece.copy_(logarithms.exp_().scatter_add_(1, aims, aimed_at))
+    return torch.cat(losses)[:, 0]
+
+
+def _cut(logits: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a few rows of logits (n, V) at a time with their targets (n, 1), on a GPU all of them."""
+    few = _SLICE_BYTES // (logits.shape[1] * torch.float32.itemsize) if logits.device.type == "cpu" else len(logits)
+    rows = max(1, few)
+    return zip(torch.split(logits, rows), torch.split(targets[:, None], rows), strict=True)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -135,10 +154,11 @@ class _ChunkedLoss(torch.autograd.Function):
         for piece, aims in zip(chosen.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
-                loss = _lose_chunk(head, leaf, aims, reduction="sum")
+                logits = head(leaf)  # (n, V)
+            gradient = logits.detach()
+            total += _lose(gradient, aims, differentiate=True).sum()
             with torch.autocast(chosen.device.type, enabled=False):  # what ran under it goes back in the same precision
-                first, *others = torch.autograd.grad(loss, [leaf, *weights], allow_unused=True)
-            total += loss.detach()
+                first, *others = torch.autograd.grad(logits, [leaf, *weights], gradient, allow_unused=True)
             by_hidden.append(first)
             by_weight = _add(by_weight, others)
         ctx.save_for_backward(torch.cat(by_hidden), *by_weight)

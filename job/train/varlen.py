@@ -125,7 +125,8 @@ def _attend_by_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     dtype = _kernel_dtype(query)
-    query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))  # (T, H, D)
+    # An index would have a backward pass of its own, which writes zeros and then a copy; this has none.
+    query, key, value = (part.squeeze(0).transpose(0, 1).to(dtype) for part in (query, key, value))  # (T, H, D)
     borders, longest = batch["cu_seq_lens_q"], batch["max_length_q"]
     attended: Any = varlen_attn(  # a tensor, unless more is asked for
         query,

@@ -318,3 +318,23 @@ def test_liger_needs_a_gpu_and_its_package(plan_for: PlanFor) -> None:
         plan_for(TRAIN__LOSS="liger")
     with pytest.raises(ConfigError, match="SFT_TRAIN__LOSS=liger: the package liger-kernel is not installed"):
         plan_for({"gpus": 1}, TRAIN__LOSS="liger")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows_of_slice", [1, 3, 64])
+def test_losses_and_gradients_are_autograds(
+    dtype: torch.dtype, rows_of_slice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, whatever the number of rows that are looked at together."""
+    torch.manual_seed(0)
+    logits = (20 * torch.randn(10, VOCABULARY)).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (10,))
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    expected.sum().backward()
+    monkeypatch.setattr(job.train.chunked_loss, "_SLICE_BYTES", rows_of_slice * VOCABULARY * 4)
+    found = logits.detach().clone()
+    assert torch.equal(job.train.chunked_loss._lose(found, targets), expected)
+    assert torch.equal(found, logits)
+    assert torch.equal(job.train.chunked_loss._lose(found, targets, differentiate=True), expected)
+    assert logits.grad is not None
+    torch.testing.assert_close(found, logits.grad, rtol=0, atol=1e-7)

@@ -212,11 +212,22 @@ def test_a_share_of_the_layers_is_never_too_few() -> None:
     assert (count_checkpointed_layers(0.5, 7), count_checkpointed_layers(0.01, 32)) == (4, 1)
 
 
+def test_norms_in_one_kernel_keep_no_copy_of_their_input(llama_8b: ModelShape) -> None:
+    def keeps(**changes: Any) -> int:
+        return estimate(replace(llama_8b, **changes), **KEPT).activations_bytes
+
+    copies = 32 * 4096 * 2 * 4096 * 2  # layers, tokens, norms, hidden size, bytes
+    assert keeps(model_type="gemma") - keeps() == copies
+    on_cpu = {"device": "cpu", "attn_implementation": "eager"}
+    others = estimate(replace(llama_8b, model_type="gemma"), **KEPT, **on_cpu)
+    assert estimate(llama_8b, **KEPT, **on_cpu) == others
+
+
 def test_logits_by_loss(llama_8b: ModelShape) -> None:
     tokens, vocabulary, hidden = 4 * 1024, 128_256, 4096
     assert estimate(llama_8b).logits_bytes == tokens * (12 * vocabulary + 4 * hidden)
     chunked = estimate(llama_8b, loss="chunked").logits_bytes
-    assert chunked == LOSS_CHUNK_TOKENS * 12 * vocabulary + tokens * 4 * hidden
+    assert chunked == LOSS_CHUNK_TOKENS * 10 * vocabulary + tokens * 4 * hidden
     assert estimate(llama_8b, loss="liger").logits_bytes < chunked
     assert estimate(llama_8b, loss="chunked", micro_batch_tokens=8192).logits_bytes - chunked == tokens * 4 * hidden
 

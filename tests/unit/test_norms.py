@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from job.memory.model_shape import KNOWN, read_model_shape
 from job.train.norms import fuse_norms
 
 SIZES: dict[str, Any] = {
@@ -32,6 +33,16 @@ def make_model(model_type: str, dtype: torch.dtype = torch.float32) -> PreTraine
         if "norm" in name:
             nn.init.uniform_(weight, 0.2, 2.0)  # ones would hide a norm without its weight
     return model.to(dtype)
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_the_memory_estimate_knows_which_norms_run_in_one_kernel(model_type: str) -> None:
+    config = AutoConfig.for_model(model_type, **SIZES)
+    shape = read_model_shape(config.to_dict(), stored_bytes=0)
+    assert shape.is_known
+    norms = fuse_norms(make_model(model_type))
+    assert (norms > SIZES["num_hidden_layers"] * shape.norms_per_layer) == shape.has_plain_norms
+    assert norms == 0 or shape.has_plain_norms
 
 
 def train_once(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
