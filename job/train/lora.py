@@ -2,9 +2,12 @@
 
 Left to itself, PEFT copies the input of every LoRA layer to the adapter's float32, and drops of that; autocast then
 rounds the copy back to what it was copied from. PyTorch's dropout on a CPU draws one random number after the other, and
-multiplies by what remains. And the adapter's output is written, scaled and added to the base model's in three passes.
+multiplies by what remains. And the adapter's output is written, scaled and added to the base model's in three passes;
+the gradients of the two for their common input are written and added in as many.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +39,8 @@ def lighten_lora(model: nn.Module, *, gathers_by_module: bool = False) -> None:
                 for name, second in layer.lora_B.items():
                     if name not in layer.lora_variant and second.bias is None:
                         layer.lora_variant[name] = _Added()
+                if type(layer.get_base_layer()) is nn.Linear:
+                    layer.forward = partial(_multiply, layer, layer.forward)
 
 
 class _Added(LoraVariant):  # type: ignore[misc]
@@ -55,6 +60,57 @@ class _Added(LoraVariant):  # type: ignore[misc]
         x, gain = dropout.drop(x) if isinstance(dropout, Dropout) else (dropout(x), 1)
         narrow = first(x).flatten(0, -2)  # (T, R)
         return torch.addmm(result.flatten(0, -2), narrow, second.weight.t(), alpha=scaling * gain).view_as(result)
+
+
+def _multiply(layer: Linear, forward: Callable[..., torch.Tensor], x: torch.Tensor, **others: Any) -> torch.Tensor:
+    """Return what a layer makes of x (..., I): base model and adapter in one function while training without dropout,
+    where nothing else is asked for, and else by the layer's own `forward`."""
+    name, base = layer.active_adapters[0], layer.get_base_layer()
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    is_trained = layer.training and not (others or layer.disable_adapters or layer.merged)
+    is_plain = type(layer.lora_variant.get(name)) is _Added and isinstance(layer.lora_dropout[name], nn.Identity)
+    if not (is_trained and is_plain and base.weight.dtype == dtype):
+        return forward(x, **others)
+    first, second = (part[name].weight.to(dtype) for part in (layer.lora_A, layer.lora_B))
+    factors = x.to(dtype), base.weight, base.bias, first, second, layer.scaling[name]
+    product: torch.Tensor = _Product.apply(*factors)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """x (..., I) times a frozen weight (O, I), plus x times the adapter, (R, I) and (O, R), and its scale.
+
+    Where two gradients meet, the second is added by the product that computes it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        flat = x.flatten(0, -2)  # (T, I)
+        narrow = flat @ first.T  # (T, R)
+        product = nn.functional.linear(flat, weight, bias).addmm_(narrow, second.T, alpha=scale)  # (T, O)
+        ctx.save_for_backward(flat, narrow, weight, first, second)
+        ctx.scale = scale
+        return product.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, narrow, weight, first, second = ctx.saved_tensors
+        by_product = gradient.flatten(0, -2)  # (T, O)
+        by_narrow = (by_product @ second).mul_(ctx.scale)  # (T, R)
+        by_second = (by_product.T @ narrow).mul_(ctx.scale)  # (O, R)
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = (by_product @ weight).addmm_(by_narrow, first).view(*gradient.shape[:-1], -1)
+        return by_x, None, None, by_narrow.T @ flat, by_second, None
 
 
 class _Numbers:
