@@ -325,7 +325,7 @@ def test_liger_needs_a_gpu_and_its_package(plan_for: PlanFor) -> None:
 def test_losses_and_gradients_are_autograds(
     dtype: torch.dtype, rows_of_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last bit, whatever the number of rows that are looked at together."""
+    """The losses to the last bit, the gradients to the seventh place, however many rows are looked at together."""
     torch.manual_seed(0)
     logits = (20 * torch.randn(10, VOCABULARY)).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (10,))
