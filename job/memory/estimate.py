@@ -264,24 +264,21 @@ def _attention_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
 
 
 def _adapter_bytes_of_token(setup: Setup, shape: ModelShape) -> float:
-    """Return what LoRA keeps: its input behind dropout, dropout's mask in bytes, A's output.
-
-    Without dropout, modules with the same input share it.
-    """
-    kept, shared = 0.0, dict[int, int]()
+    """Return what LoRA keeps: A's output, its input behind dropout, and dropout's mask in bytes; modules with the same
+    input share these two."""
+    kept, read, adapted = 0.0, dict[int, int](), dict[int, int]()
     for name, (inputs, outputs) in shape.linears().items():
         if setup.quantization == "int8":
-            shared[_input_of(name)] = inputs  # bitsandbytes keeps it, too
+            read[_input_of(name)] = inputs  # bitsandbytes keeps it, too
         if not _is_targeted(setup, name):
             continue
         kept += setup.lora_r * setup.itemsize
         if setup.lora_dora:
             kept += 2 * outputs * _FLOAT32  # the base module's result and LoRA's, for the gradient of the magnitude
-        if setup.lora_dropout > 0:
-            kept += inputs * (setup.itemsize + 1)
-        else:
-            shared[_input_of(name)] = inputs
-    return kept + sum(shared.values()) * setup.itemsize
+        adapted[_input_of(name)] = inputs
+    if setup.lora_dropout == 0:
+        return kept + sum((read | adapted).values()) * setup.itemsize
+    return kept + sum(read.values()) * setup.itemsize + sum(adapted.values()) * (setup.itemsize + 1)
 
 
 def _input_of(name: str) -> int:

@@ -2,7 +2,8 @@
 
 Left to itself, PEFT copies the input of every LoRA layer to the adapter's float32, and drops of that; autocast then
 rounds the copy back to what it was copied from. PyTorch's dropout on a CPU draws one random number after the other, and
-multiplies by what remains. And the adapter's output is written, scaled and added to the base model's in three passes;
+multiplies by what remains. Layers that read the same input, such as those of query, key and value, each drop of it
+anew, and keep what is left. And the adapter's output is written, scaled and added to the base model's in three passes;
 the gradients of the two for their common input are written and added in as many.
 """
 
@@ -15,9 +16,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _VALUES = 2**15  # that a drawn number may have, from _LEAST on
 _LEAST = -(2**14)
+_Dropped = tuple[torch.Tensor, float]  # an input with elements that are zero, and the factor that keeps its mean
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
@@ -25,16 +28,17 @@ def lighten_lora(model: nn.Module, *, gathers_by_module: bool = False) -> None:
     """Let the LoRA layers of a model that runs under autocast read their input as it is, drop of it as cheaply as the
     device allows, and add what they compute in the product itself.
 
-    What is learned stays the same, but for rounding and for which elements are dropped on a CPU. `gathers_by_module`:
-    the engine brings a module's weights together only while that module runs, so that no other may use them.
+    What is learned stays the same, but for rounding and for which elements are dropped: layers that read the same input
+    drop the same of it, and a CPU draws other numbers. `gathers_by_module`: the engine brings a module's weights
+    together only while that module runs, so that no other may use them.
     """
-    numbers = _Numbers()
+    numbers, last = _Numbers(), _Last()
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
             for name, dropout in layer.lora_dropout.items():
                 if isinstance(dropout, nn.Dropout):
-                    layer.lora_dropout[name] = Dropout(dropout.p, numbers).train(dropout.training)
+                    layer.lora_dropout[name] = Dropout(dropout.p, numbers, last).train(dropout.training)
             if type(layer) is Linear and not gathers_by_module:
                 for name, second in layer.lora_B.items():
                     if name not in layer.lora_variant and second.bias is None:
@@ -127,30 +131,53 @@ class _Numbers:
         return self._memory[:needed].random_(-(2**63), None).view(torch.int16)[:count]
 
 
-class Dropout(nn.Module):
-    """Dropout with probability `p`, on a CPU to the nearest 1/32,768."""
+class _Last:
+    """What was left of the last input of which was dropped, for as long as somebody else keeps that input."""
 
-    def __init__(self, p: float, numbers: _Numbers | None = None) -> None:
+    def __init__(self) -> None:
+        self._found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def take(self, x: torch.Tensor, way: tuple[float, bool], drop: Callable[[], _Dropped]) -> _Dropped:
+        """Return what `drop` leaves of x, or has left of it before in the same `way`.
+
+        What a backward pass computes again it keeps anew, even of an input that is still there.
+        """
+        state = way, x._version, torch._C._current_graph_task_id(), torch.is_grad_enabled()
+        found = self._found.get(x)  # type: ignore[no-untyped-call]
+        if found is None or found[0] != state:
+            self._found.clear()
+            self._found[x] = found = state, drop()
+        dropped: _Dropped = found[1]
+        return dropped
+
+
+class Dropout(nn.Module):
+    """Dropout with probability `p`, on a CPU to the nearest 1/32,768; all with the same `last` drop the same."""
+
+    def __init__(self, p: float, numbers: _Numbers | None = None, last: _Last | None = None) -> None:
         super().__init__()
         self.p = p
         self._numbers = numbers or _Numbers()
+        self._last = last
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x, of which while training elements are zero, and the others so much larger that the mean stays."""
-        if not self.training:
-            return x
-        dropped, gain = self.drop(x)
-        return dropped if gain == 1 else dropped * gain
+        return self.drop(x, scales=True)[0] if self.training else x
 
-    def drop(self, x: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return x with elements that are zero, and by how much that is to be multiplied for the mean to stay."""
+    def drop(self, x: torch.Tensor, *, scales: bool = False) -> _Dropped:
+        """Return x with elements that are zero, and by how much that is still to be multiplied for the mean to stay."""
+        drop = partial(self._drop, x, scales=scales)
+        return drop() if self._last is None else self._last.take(x, (self.p, scales), drop)
+
+    def _drop(self, x: torch.Tensor, *, scales: bool) -> _Dropped:
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.p), 1
         kept_values = max(_VALUES - round(self.p * _VALUES), 1)
         numbers = self._numbers.draw(x.numel()).bitwise_right_shift_(1)  # 15 bits, which leaves room for the difference
         kept = numbers.sub_(_LEAST + kept_values).bitwise_right_shift_(15).view(x.shape)  # all bits of it, or none
         dropped: torch.Tensor = _Drop.apply(x, kept)  # type: ignore[no-untyped-call]
-        return dropped, _VALUES / kept_values
+        gain = _VALUES / kept_values
+        return (dropped * gain, 1) if scales else (dropped, gain)
 
 
 class _Drop(torch.autograd.Function):

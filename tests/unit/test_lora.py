@@ -1,6 +1,7 @@
 """What LoRA layers compute: what is dropped, and that all else stays as PEFT and PyTorch have it."""
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,28 +11,22 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, PreTrainedConfig
 
-from job.train.lora import Dropout, lighten_lora
+from job.train.lora import Dropout, _Last, lighten_lora
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_model(dropout: float, *, dtype: torch.dtype = torch.bfloat16, **config: Any) -> nn.Module:
+def make_model(
+    dropout: float, *, dtype: torch.dtype = torch.bfloat16, kind: type[PreTrainedConfig] = LlamaConfig, **config: Any
+) -> nn.Module:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    ).to(torch.bfloat16)
-    base.to(dtype)  # weights that bfloat16 can hold
-    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", **config)
-    model = get_peft_model(base, lora)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    base = AutoModelForCausalLM.from_config(kind(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    base.to(torch.bfloat16).to(dtype)  # weights that bfloat16 can hold
+    config = {"target_modules": "all-linear"} | config
+    model = get_peft_model(base, LoraConfig(r=4, lora_dropout=dropout, task_type="CAUSAL_LM", **config))
     for name, weights in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weights, std=0.1)
@@ -92,6 +87,46 @@ def test_a_seed_decides_and_evaluation_drops_nothing() -> None:
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert dropout.eval()(x) is x
+
+
+def test_dropouts_of_one_model_drop_the_same_of_one_input() -> None:
+    last = _Last()
+    one, other, x = Dropout(0.5, last=last), Dropout(0.5, last=last), torch.randn(40, 50, requires_grad=True) * 1
+    dropped = one(x)
+    assert other(x) is dropped
+    assert not torch.equal(other(x * 1), dropped)  # another input, and now the last
+    assert not torch.equal(one(x), dropped)
+    assert one(x).requires_grad
+    with torch.no_grad():
+        assert not other(x).requires_grad
+        before = one(x)
+        x.add_(1)
+        assert not torch.equal(other(x), before)  # it isn't what it was
+    assert (Dropout(0.9, last=last)(x) == 0).float().mean() > 0.8
+
+
+def test_what_was_dropped_of_the_last_input_goes_with_it() -> None:
+    last, x = _Last(), torch.randn(40, 50)
+    dropped = weakref.ref(Dropout(0.5, last=last)(x))
+    assert dropped() is not None
+    del x
+    assert dropped() is None
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_layers_with_the_same_input_drop_of_it_once(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(0.5, **config)
+    lighten_lora(model)
+    inputs: list[torch.Tensor] = []
+    drop = Dropout._drop
+
+    def note(dropout: Dropout, x: torch.Tensor, *, scales: bool) -> tuple[torch.Tensor, float]:
+        inputs.append(x)
+        return drop(dropout, x, scales=scales)
+
+    monkeypatch.setattr(Dropout, "_drop", note)
+    train_once(model)
+    assert len(inputs) == len({id(x) for x in inputs}) == 2 * 4  # of attention, its output, the gate, the way down
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
@@ -194,9 +229,9 @@ def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(
     seen: list[torch.dtype] = []
     drop = Dropout.drop
 
-    def note(dropout: Dropout, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def note(dropout: Dropout, x: torch.Tensor, **others: bool) -> tuple[torch.Tensor, float]:
         seen.append(x.dtype)
-        return drop(dropout, x)
+        return drop(dropout, x, **others)
 
     monkeypatch.setattr(Dropout, "drop", note)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
@@ -206,8 +241,12 @@ def test_the_input_of_a_lora_layer_is_not_copied_to_another_precision(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradient_checkpointing_computes_the_same_twice(dropout: float) -> None:
-    plain, checkpointed = make_model(dropout), make_model(dropout)
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [(LlamaConfig, "all-linear"), (Olmo2Config, ["q_proj", "v_proj"])],  # no norm before what olmo2 computes twice
+)
+def test_gradient_checkpointing_computes_the_same_twice(kind: type[Any], targets: Any, dropout: float) -> None:
+    plain, checkpointed = (make_model(dropout, kind=kind, target_modules=targets) for _ in range(2))
     for model in (plain, checkpointed):
         lighten_lora(model)
     enable: Callable[..., None] = checkpointed.gradient_checkpointing_enable
