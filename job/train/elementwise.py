@@ -7,7 +7,6 @@ between these. What is learned stays the same, but for rounding: a compiled kern
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,17 +17,15 @@ from torch import nn
 
 from job.log import logger
 from job.plan import TrainPlan
+from job.train.compiling import Function, compile_tried
 from job.train.stand_in import compute_by
 
 # Compiling takes some ten seconds and saves some twentieth of a step: it is not worth it for less than this of each
 # GPU, which an H100 computes in four minutes.
 _LEAST_FLOPS = 1e17
 _TRIED_TOKENS = 48
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # relative, by rounding alone
 _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _ROTATE = "apply_rotary_pos_emb"
-
-Function = Callable[..., Any]
 
 
 def is_worth_compiling(plan: TrainPlan, parameters: int) -> bool:
@@ -44,9 +41,6 @@ def compile_elementwise(model: PeftModel, device: str, dtype: torch.dtype) -> li
     What doesn't compile, or comes to other numbers or gradients when it is tried here, stays as it is, with a warning;
     so does, without a word, what an architecture computes in another way. Do it when the adapter is there.
     """
-    from torch._inductor import config
-
-    config.compile_threads = 1  # the kernels are few and small, and this process ends without waiting for others
     began_s = time.monotonic()
     with torch.autocast(device, dtype=dtype) if dtype != torch.float32 else nullcontext():
         generator = torch.Generator(device).manual_seed(0)  # the training's own numbers stay as they are
@@ -71,7 +65,7 @@ def _compile_rotation(model: PeftModel, draw: Function) -> bool:
     states = [draw(1, _TRIED_TOKENS, number, size).transpose(1, 2) for number in (heads, key_heads)]
     turned = next((2 * len(part.inv_freq) for part in base.modules() if hasattr(part, "inv_freq")), size)
     angles = [draw(1, _TRIED_TOKENS, turned) for _ in ("cos", "sin")]
-    compiled = _compile(plain, states, angles, what="rotary embeddings")
+    compiled = compile_tried(plain, states, angles, what="rotary embeddings stay as they are")
     if compiled is not None:
         setattr(module, _ROTATE, compiled)
     return compiled is not None
@@ -87,7 +81,8 @@ def _compile_gates(model: nn.Module, draw: Function) -> bool:
         kind = type(module.act_fn)
         if kind not in compiled:
             tried = [draw(1, _TRIED_TOKENS, module.up_proj.out_features) for _ in ("gate", "up")]
-            compiled[kind] = _compile(partial(_multiply, module.act_fn), tried, [], what="gated MLPs")
+            fused = partial(_multiply, module.act_fn)
+            compiled[kind] = compile_tried(fused, tried, [], what="gated MLPs stay as they are")
         if (multiply := compiled[kind]) is not None:
             module.forward = partial(_run_mlp, module, multiply)
     return any(multiply is not None for multiply in compiled.values())
@@ -111,43 +106,3 @@ def _is_plain(kind: Any) -> bool:
     hidden = torch.randn(3, 8, generator=generator)
     actual = compute_by(kind, hidden, gate_proj=gate, up_proj=up, down_proj=down, act_fn=torch.tanh)
     return actual is not None and torch.equal(actual, down(torch.tanh(gate(hidden)) * up(hidden)))
-
-
-def _compile(
-    plain: Function, learned: Sequence[torch.Tensor], others: Sequence[torch.Tensor], *, what: str
-) -> Function | None:
-    """Return a function compiled, once it has come to the same results and gradients of what is `learned`; else None.
-
-    All tensors have their tokens in the last dimension but one, whose size may be another each time.
-    """
-    try:
-        expected = _differentiate(plain, learned, others)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # another kind of function, in spite of its name
-        return None
-    compiled: Function = torch.compile(plain)
-    for tensor in (*learned, *others):
-        torch._dynamo.mark_dynamic(tensor, tensor.dim() - 2)
-    try:
-        actual = _differentiate(compiled, learned, others)
-    except Exception as error:  # noqa: BLE001 - whatever it is that this machine lacks, the plain way is there
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        logger.warning("%s stay as they are, for they don't compile here: %s", what, why)
-        return None
-    for one, other in zip(actual, expected, strict=True):
-        difference = ((one - other).float().norm() / other.float().norm()).item()
-        if one.dtype != other.dtype or not difference <= _TOLERANCE[other.dtype]:
-            logger.warning("%s stay as they are: compiled, they come to other numbers (%.2g)", what, difference)
-            return None
-    return compiled
-
-
-def _differentiate(
-    function: Function, learned: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return the results of a function, and the gradients of what is learned for them squared."""
-    for tensor in learned:
-        tensor.requires_grad_()
-    results = function(*learned, *others)
-    results = list(results) if isinstance(results, tuple) else [results]
-    total = sum(result.float().square().sum() for result in results)
-    return [*results, *torch.autograd.grad(total, list(learned))]

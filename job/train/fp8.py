@@ -10,8 +10,6 @@ embeddings and norms stay as they are, and so do adapters on top. Source: Micike
 Learning (arXiv 2209.05433).
 """
 
-import importlib.util
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,11 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from job.errors import ConfigError
 from job.log import logger
+from job.train.compiling import Function, compile_tried
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max  # 448
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a row of zeros
 _MULTIPLE = 16  # of both sizes of a weight, for the kernels
+_TRIED_ROWS = 48
 
 
 def hold_in_fp8(base: nn.Module, *, head: nn.Module | None) -> None:
@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.dtype = activations.dtype
-        rounded, rounded_scales = _quantizer(activations.device.type)(activations.flatten(0, -2))
+        rounded, rounded_scales = _round(activations.flatten(0, -2))
         product = _multiply(rounded, rounded_scales, codes, scales, dtype)  # (M, N)
         return product.view(*activations.shape[:-1], len(codes))
 
@@ -129,7 +129,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes, scales = ctx.saved_tensors
-        rounded, rounded_scales = _quantizer(gradient.device.type)(gradient.flatten(0, -2), scales.T)
+        rounded, rounded_scales = _round(gradient.flatten(0, -2), scales.T)
         inputs = codes.shape[1]
         ones = torch.ones(inputs, 1, device=codes.device)  # the scales are in the gradient
         product = _multiply(rounded, rounded_scales, codes.T.contiguous(), ones, ctx.dtype)  # (M, K)
@@ -151,13 +151,20 @@ def _multiply(
     return product.to(dtype)
 
 
+def _round(values: torch.Tensor, *column_scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `quantize_rows` does: on a GPU in one kernel, for else it takes half the time of a product."""
+    if values.device.type == "cpu":
+        return quantize_rows(values, *column_scales)
+    codes, scales = compile_quantizer(values.device.type, values.dtype, len(column_scales))(values, *column_scales)
+    return codes, scales
+
+
 @cache
-def _quantizer(device: str) -> Any:
-    """Return what rounds on a device: on a GPU fused into one kernel, for else it takes half the time of a product."""
-    if device == "cpu":
-        return quantize_rows
-    compiler = shutil.which("gcc") or shutil.which("clang")  # where Triton looks for one
-    if importlib.util.find_spec("triton") is None or compiler is None:
-        logger.warning("activations are rounded to FP8 step by step, which is slow: Triton or a C compiler is missing")
-        return quantize_rows
-    return torch.compile(quantize_rows, dynamic=True)
+def compile_quantizer(device: str, dtype: torch.dtype, scaled: int) -> Function:
+    """Return `quantize_rows` of values in a precision, and of column scales if `scaled`, compiled for a device; as it
+    is, with a warning, where it doesn't compile or comes to other numbers when it is tried here."""
+    generator = torch.Generator(device).manual_seed(0)  # the training's own numbers stay as they are
+    values = torch.randn(_TRIED_ROWS, 4 * _MULTIPLE, device=device, dtype=dtype, generator=generator)
+    column_scales = [torch.rand(1, 4 * _MULTIPLE, device=device, generator=generator)] * scaled
+    what = "activations are rounded to FP8 step by step, which is slow"
+    return compile_tried(quantize_rows, [], [values, *column_scales], what=what, dynamic=True) or quantize_rows

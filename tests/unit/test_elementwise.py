@@ -84,7 +84,7 @@ def count_kept_bytes(model: PeftModel) -> int:
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have everything done that compiling is, but for the kernels, which take seconds."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, backend="aot_eager"))
 
 
 @pytest.mark.skipif(which("g++") is None, reason="without g++ nothing compiles for a CPU: NO compiled kernel was tried")
@@ -136,7 +136,7 @@ def fail(*_: Any) -> Any:
     raise RuntimeError("Failed to find C compiler\nand a second line")
 
 
-def distort(function: Callable[..., Any]) -> Callable[..., Any]:
+def distort(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
     def run(*given: torch.Tensor) -> Any:
         results = function(*given)
         return tuple(part * 1.01 for part in results) if isinstance(results, tuple) else results * 1.01
@@ -147,8 +147,8 @@ def distort(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("compiler", "why"),
     [
-        (lambda _: fail, "stay as they are, for they don't compile here: Failed to find C compiler"),
-        (distort, "stay as they are: compiled, they come to other numbers (0.01)"),
+        (lambda *_, **__: fail, "stay as they are, for compiling fails here: Failed to find C compiler"),
+        (distort, "stay as they are: what was compiled comes to other numbers (0.01)"),
     ],
 )
 def test_what_does_not_work_here_stays_as_it_is(

@@ -1,7 +1,9 @@
 """A base model whose products are in FP8: how far numbers are from the plain ones, what is trained, what is refused."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from job.parallel import plan_parallel
 from job.plan import TrainPlan
 from job.settings import Settings
 from job.support import why_not_quantization, why_not_split
-from job.train.fp8 import Fp8Linear, hold_in_fp8, quantize_rows, without_rounding
+from job.train.fp8 import Fp8Linear, compile_quantizer, hold_in_fp8, quantize_rows, without_rounding
 from job.train.model import load_model
 
 PlanFor = Callable[..., TrainPlan]
@@ -54,6 +56,52 @@ def test_each_row_is_rounded_by_its_own_scale() -> None:
     sizes = values.abs().amax(dim=1, keepdim=True)
     assert ((rounded - values).abs() <= HALF_A_STEP * values.abs() + 2e-5 * sizes).all()
     assert torch.equal(codes.float().abs().amax(dim=1), torch.tensor([448.0, 448.0, 448.0, 0.0, 448.0]))
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    yield
+    compile_quantizer.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(which("g++") is None, reason="without g++ nothing compiles for a CPU: NO compiled kernel was tried")
+def test_compiled_it_rounds_alike_whatever_the_shape() -> None:
+    torch.manual_seed(0)
+    forward, backward = (compile_quantizer("cpu", torch.bfloat16, scaled) for scaled in (0, 1))
+    assert quantize_rows not in (forward, backward)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows, columns in [(48, 64), (7, 96), (130, 16)]:
+            values = torch.randn(rows, columns, dtype=torch.bfloat16)
+            column_scales = torch.rand(1, columns)
+            for found, expected in [
+                (forward(values), quantize_rows(values)),
+                (backward(values, column_scales), quantize_rows(values, column_scales)),
+            ]:
+                assert found[0].dtype == torch.float8_e4m3fn
+                torch.testing.assert_close(found[1], expected[1])
+                # One number in a thousand may fall the other way, into the neighbouring code.
+                differ = found[0].float() != expected[0].float()
+                assert differ.float().mean() < 0.001
+                torch.testing.assert_close(found[0].float(), expected[0].float(), rtol=2 * HALF_A_STEP, atol=1e-2)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_where_nothing_compiles_it_rounds_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: torch.Tensor) -> Any:
+        raise RuntimeError("Cannot find a working triton installation\nand a second line")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(logging.getLogger("sft_job"), "propagate", True)
+    assert compile_quantizer("cpu", torch.bfloat16, 1) is quantize_rows
+    assert caplog.messages == [
+        "activations are rounded to FP8 step by step, which is slow, for compiling fails here: Cannot find a working "
+        "triton installation"
+    ]
 
 
 def test_what_is_no_number_stays_none() -> None:
