@@ -34,10 +34,8 @@ def measure_rows(
     Raises DivergedError, on all processes alike, for an adapter whose loss is no number: it is worth nothing.
     """
     rows = choose_rows(inputs, folder)
-    # One row at a time: LLM.int8 rounds a row by what is beside it.
-    alone = plan.model_copy(update={"micro_batch_size": 1})
-    with without_rounding(model):
-        losses = evaluate_rows(model, rows, alone, collate, rank=rank, beat=beat)  # (N, 2)
+    with without_rounding(model):  # one by one: LLM.int8 rounds a row by what is beside it
+        losses = evaluate_rows(model, rows, plan, collate, rank=rank, one_by_one=True, beat=beat)  # (N, 2)
     if not np.isfinite(losses).all():
         raise DivergedError(
             "the loss of the trained adapter is no number",

@@ -7,7 +7,7 @@ stop to no more of them, and what is missing is said.
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -71,18 +71,17 @@ class FinalEvaluation:
 
     def measure_rows(self, measure: Callable[[], None]) -> None:
         """Have the rows measured that a fresh process must find again, one at a time; `measure` calls `beat`."""
-        self._attempt("the loss on single rows", [1], lambda _: measure())
+        self._attempt("the loss on single rows", lambda _: measure(), ways=(True,))
 
     def compare(
-        self, base: np.ndarray, rows: TokenRows, names: list[str], evaluate: Callable[[int], np.ndarray]
+        self, base: np.ndarray, rows: TokenRows, names: list[str], evaluate: Callable[[bool], np.ndarray]
     ) -> None:
-        """Compare the losses of the base model (N, 2) with those of the adapter, which `evaluate` returns, given how
-        many rows each process takes at a time; it calls `beat` after each. The result gets the figures, too.
+        """Compare the losses of the base model (N, 2) with those of the adapter, which `evaluate` returns, given
+        whether to take the rows one by one; it calls `beat` after each micro batch. The result gets the figures, too.
 
         Raises DivergedError when the adapter's loss is no number.
         """
-        sizes = dict.fromkeys([self._plan.micro_batch_size, 1])
-        trained = self._attempt("the held-out loss", list(sizes), evaluate)
+        trained = self._attempt("the held-out loss", evaluate)
         if trained is None:
             return
         if not np.isfinite(mean_loss(trained)):
@@ -118,8 +117,9 @@ class FinalEvaluation:
             until_s = time.monotonic() + _ANSWERS_S
             found = self._attempt(
                 "the answers to prompts",
-                [_SAMPLES_AT_ONCE, 1],
-                lambda size: answerer.answer(samples, batch_size=size, until_s=until_s),
+                lambda one_by_one: answerer.answer(
+                    samples, batch_size=1 if one_by_one else _SAMPLES_AT_ONCE, until_s=until_s
+                ),
             )
             if time.monotonic() >= until_s:
                 self._note(f"answering took longer than {_ANSWERS_S:.0f} s: some answers are cut off, or missing")
@@ -139,25 +139,25 @@ class FinalEvaluation:
             answered, spent_s = sum(sample.after is not None for sample in found), time.monotonic() - started_s
             logger.info("%d of %d prompts answered before and after, in %.0f s", answered, len(found), spent_s)
 
-    def _attempt(self, what: str, sizes: list[int], measure: Callable[[int], T]) -> T | None:
-        """Return what can be measured with one of the sizes, a number of sequences at a time, or None."""
+    def _attempt(self, what: str, measure: Callable[[bool], T], ways: Sequence[bool] = (False, True)) -> T | None:
+        """Return what can be measured in one of the ways, with several sequences at a time or one by one, or None."""
         try:
             self._agree(None)
-            for size in sizes:
+            for one_by_one in ways:
                 try:
-                    return self._measure(measure, size)
+                    return self._measure(measure, one_by_one)
                 except _ShortageError:
-                    if self._rank == 0 and size != sizes[-1]:
+                    if self._rank == 0 and not one_by_one:
                         logger.warning("out of memory while computing %s: one at a time", what)
             self._note(f"{what}: out of memory, even for one at a time")
         except _StoppedError:
             self._note(f"{what}: the run was told to stop before it was known")
         return None
 
-    def _measure(self, measure: Callable[[int], T], size: int) -> T:
+    def _measure(self, measure: Callable[[bool], T], one_by_one: bool) -> T:
         shortage = None
         try:
-            return measure(size)
+            return measure(one_by_one)
         except (RuntimeError, MemoryError, OSError) as error:
             shortage = describe_shortage(error)
             # Where the weights are split, other processes wait within the model: this one has to fail, and with it all.

@@ -98,10 +98,10 @@ def train(
     trainable, total = model.get_nb_trainable_parameters()
     result: dict[str, Any] = {"trainable_parameters": trainable, "total_parameters": total}
 
-    def evaluate(beat: Callable[[], None] = pulse.beat, micro_batch_size: int = plan.micro_batch_size) -> np.ndarray:
-        taken = plan.model_copy(update={"micro_batch_size": micro_batch_size})
+    def evaluate(one_by_one: bool = False, beat: Callable[[], None] = pulse.beat) -> np.ndarray:
+        wrapped = callable_model(plan, trainer)
         with phase("evaluating"):
-            return evaluate_rows(callable_model(plan, trainer), eval_rows, taken, collate, rank=rank, beat=beat)
+            return evaluate_rows(wrapped, eval_rows, plan, collate, rank=rank, one_by_one=one_by_one, beat=beat)
 
     gather = partial(gather_trained, model, plan.engine)
     stopping = _early_stopping(plan, lambda: mean_loss(evaluate()), gather, metrics)
@@ -167,7 +167,7 @@ def train(
     final = FinalEvaluation(plan, folder, rank=rank, pulse=pulse, announce=announce)
     final.measure_rows(lambda: measure_rows(trained, plan, inputs, folder, collate, rank=rank, beat=final.beat))
     if checkpoints.eval_rows_base is not None:
-        final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, lambda size: evaluate(final.beat, size))
+        final.compare(checkpoints.eval_rows_base, eval_rows, inputs.eval_names, partial(evaluate, beat=final.beat))
     if folder.samples.exists():
         enter_phase("samples")
         samples = SampleInputs.model_validate_json(folder.samples.read_bytes())

@@ -93,12 +93,12 @@ def test_a_model_that_does_not_is_refused(
         check_rows_stay_apart(leaky(model), plan, *make_rows(*lengths))
 
 
-def note_size(sizes: list[int]) -> Collate:
-    def collate(rows: list[Row]) -> dict[str, Any]:
-        sizes.append(len(rows))
-        return join_rows(rows)
+def note_lengths(taken: list[list[int]], collate: Collate) -> Collate:
+    def note(rows: list[Row]) -> dict[str, Any]:
+        taken.append([len(row["input_ids"]) for row in rows])
+        return collate(rows)
 
-    return collate
+    return note
 
 
 def test_the_loss_is_the_same_joined_padded_and_alone(model: PeftModel, plan: TrainPlan) -> None:
@@ -110,15 +110,31 @@ def test_the_loss_is_the_same_joined_padded_and_alone(model: PeftModel, plan: Tr
         loss = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.item()
         supervised = int((row["labels"][1:] != IGNORED).sum())
         alone.append((loss * supervised, supervised))
-    assert plan.micro_batch_size == 4  # more than one row at a time, and a rest
     assert np.allclose(joined, alone, rtol=1e-5)
-    sizes: list[int] = []
-    # No more tokens at a time than the largest micro batch has: two rows may have up to 62.
-    evaluate_rows(model, rows, plan.model_copy(update={"micro_batch_tokens": 64}), note_size(sizes), rank=0)
-    assert sizes == [2, 2, 1]
     assert np.allclose(padded, alone, rtol=1e-5)
     tokens = sum(supervised for _, supervised in alone)
     assert mean_loss(joined) == pytest.approx(sum(loss for loss, _ in alone) / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("packing", "one_by_one", "expected"),
+    [
+        (True, False, [[31, 25], [18, 12, 7]]),
+        (False, False, [[31], [25, 18], [12, 7]]),  # padding counts
+        (True, True, [[31], [25], [18], [12], [7]]),
+    ],
+)
+def test_as_many_rows_are_evaluated_at_a_time_as_make_a_micro_batch(
+    packing: bool, one_by_one: bool, expected: list[list[int]], model: PeftModel, plan: TrainPlan
+) -> None:
+    rows: Any = Rows(make_rows(12, 31, 7, 18, 25))
+    plan = plan.model_copy(update={"packing": packing, "micro_batch_tokens": 60})
+    taken: list[list[int]] = []
+    found = evaluate_rows(
+        model, rows, plan, note_lengths(taken, join_rows if packing else PadRows(0)), rank=0, one_by_one=one_by_one
+    )
+    assert taken == expected
+    assert np.allclose(found, evaluate_rows(model, rows, plan, join_rows, rank=0), rtol=1e-5)  # each in its place
 
 
 def test_a_broken_base_model_is_refused_before_the_first_step(model: PeftModel, plan: TrainPlan) -> None:
