@@ -1,7 +1,7 @@
 """The order in which a run learns its rows: one shuffled pass after the other, cut at its last step.
 
 Step s learns from positions s * global_batch_size onwards, however many processes share them; the last step is filled
-from the next pass. Each micro batch is of consecutive positions.
+from the next pass. Which rows of a step make a micro batch depends on their lengths.
 
 numpy is imported where it is used: it starts threads, and a worker, which imports the plan's module, must have blocked
 SIGTERM before there are any. Else the signal ends the worker before it has saved its checkpoint.
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _MOST_POSITIONS = 20_000_000  # that are looked at: some seconds, and 160 MB
+_FULL = 2**40  # more tokens than a micro batch has
 
 
 def iterate_stream(rows: int, start: int, stop: int, *, seed: int) -> "Iterator[np.ndarray]":
@@ -24,6 +25,48 @@ def iterate_stream(rows: int, start: int, stop: int, *, seed: int) -> "Iterator[
         order = np.random.default_rng([seed, number]).permutation(rows)
         position = number * rows  # of this pass
         yield order[max(0, start - position) : stop - position]
+
+
+def deal_rows(tokens: "np.ndarray", size: int, *, processes: int, is_joined: bool) -> "np.ndarray":
+    """Return the order in which the rows of S steps are dealt out to the processes, a micro batch of `size` to each in
+    turn: positions within the steps (S, G), given the rows' tokens (S, G).
+
+    All processes get about as many tokens, for each waits for the others at the end of a step; and so do all micro
+    batches of a process, for the largest one decides what fits. Both by the rule that the longest row is next, and goes
+    to where the fewest tokens are so far (Graham, Bounds on Multiprocessing Timing Anomalies, 1969). Rows that are
+    padded come together with those of about their length.
+    """
+    import numpy as np
+
+    steps, rows = tokens.shape
+    if rows == size:
+        return np.broadcast_to(np.arange(rows), tokens.shape)
+    order = np.argsort(-tokens, axis=1, kind="stable")
+    order, lengths = _spread(order, np.take_along_axis(tokens, order, axis=1), rows // processes)  # (S * P, R)
+    if is_joined:
+        micro_batches, lengths = _spread(order, lengths, size)
+        sums = lengths.sum(axis=1).reshape(len(order), -1)
+        largest_first = np.argsort(-sums, axis=1, kind="stable")  # so that all processes have the large ones at a time
+        order = np.take_along_axis(micro_batches.reshape(*sums.shape, size), largest_first[:, :, None], axis=1)
+    return order.reshape(steps, processes, -1, size).swapaxes(1, 2).reshape(steps, rows)
+
+
+def _spread(rows: "np.ndarray", lengths: "np.ndarray", size: int) -> "tuple[np.ndarray, np.ndarray]":
+    """Return rows (S, G) of S steps, and their lengths (S, G), in groups of about as many tokens, (S * G / size, size)
+    of both: what comes longest first does so in each group, too."""
+    import numpy as np
+
+    steps, count = rows.shape
+    tokens, filled = (np.zeros((steps, count // size), dtype=np.int64) for _ in range(2))
+    group = np.empty((steps, count), dtype=np.int64)
+    every = np.arange(steps)
+    for turn in range(count):
+        fewest = group[:, turn] = tokens.argmin(axis=1)
+        filled[every, fewest] += 1
+        tokens[every, fewest] += lengths[:, turn] + _FULL * (filled[every, fewest] == size)
+    order = np.argsort(group, axis=1, kind="stable")
+    together, their_lengths = (np.take_along_axis(one, order, axis=1).reshape(-1, size) for one in (rows, lengths))
+    return together, their_lengths
 
 
 def micro_batch_counter(plan: Mapping[str, Any], lengths: "np.ndarray | None") -> Callable[[int], int]:
@@ -38,5 +81,10 @@ def micro_batch_counter(plan: Mapping[str, Any], lengths: "np.ndarray | None") -
     if lengths is None or not plan["packing"] or stop > _MOST_POSITIONS:
         return lambda size: size * int(plan["max_length_tokens"])
     passes = [lengths[order] for order in iterate_stream(len(lengths), 0, stop, seed=plan["seed"])]
-    by_position = np.concatenate(passes)
-    return lambda size: int(by_position.reshape(-1, size).sum(axis=1).max())
+    by_step = np.concatenate(passes).reshape(plan["steps"], -1)  # (S, G)
+
+    def count(size: int) -> int:
+        order = deal_rows(by_step, size, processes=plan["nodes"] * plan["processes"], is_joined=True)
+        return int(np.take_along_axis(by_step, order, axis=1).reshape(-1, size).sum(axis=1).max())
+
+    return count

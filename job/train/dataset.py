@@ -100,23 +100,40 @@ def _read(column: pa.ChunkedArray, row: int, start: int, stop: int) -> torch.Ten
 
 
 class StreamSampler(Sampler[int]):
-    """Row indices for a whole run of `steps` x `global_batch_size`, in the order of `iterate_stream`.
+    """Row indices for a whole run of `steps` x `global_batch_size`, step by step in the order of `iterate_stream`.
 
-    A run that goes on begins after `start_step` steps, where another has stopped.
+    A run that goes on begins after `start_step` steps, where another has stopped. `deal`, given the indices of a step's
+    rows (G,), returns them in the order in which they are dealt out to the processes.
     """
 
-    def __init__(self, rows: int, *, steps: int, global_batch_size: int, seed: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        *,
+        steps: int,
+        global_batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        deal: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         self._rows = rows
+        self._global_batch_size = global_batch_size
         self._start = start_step * global_batch_size
         self._stop = steps * global_batch_size
         self._seed = seed
+        self._deal = deal
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def __iter__(self) -> Iterator[int]:
+        size, rest = self._global_batch_size, np.empty(0, dtype=np.int64)
         for order in iterate_stream(self._rows, self._start, self._stop, seed=self._seed):
-            yield from order.tolist()
+            known = np.concatenate([rest, order])
+            whole = len(known) // size * size
+            for step in known[:whole].reshape(-1, size):
+                yield from (step if self._deal is None else self._deal(step)).tolist()
+            rest = known[whole:]
 
 
 def _labels_of(row: Row) -> torch.Tensor:

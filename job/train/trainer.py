@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from job.memory.estimate import count_checkpointed_layers
 from job.plan import TrainPlan
+from job.stream import deal_rows
 from job.support import uses_deepspeed
 from job.train.dataset import StreamSampler, TokenRows
 from job.train.liger import LIGER_KERNELS
@@ -94,13 +96,16 @@ class StreamTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, train_dataset: TokenRows | None = None) -> Sampler[int]:
-        plan = self._plan  # accelerate deals consecutive micro batches out to the processes
+        plan, lengths = self._plan, self.train_dataset.lengths()
+        # accelerate gives consecutive micro batches to the processes in turn
+        deal = partial(deal_rows, size=plan.micro_batch_size, processes=plan.world_size, is_joined=plan.packing)
         return StreamSampler(
             plan.train_rows,
             steps=plan.steps,
             global_batch_size=plan.global_batch_size,
             seed=plan.seed,
             start_step=self._start_step,
+            deal=lambda rows: rows[deal(lengths[rows][None])[0]],
         )
 
     def get_batch_samples(
