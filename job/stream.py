@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _MOST_POSITIONS = 20_000_000  # that are looked at: some seconds, and 160 MB
+_MOST_ROWS = 20_000  # of a step that is looked at: dealing out takes the longer, the more there are
+_POSITIONS_AT_A_TIME = 1_000_000  # are dealt out: 90 MB
 _FULL = 2**40  # more tokens than a micro batch has
 
 
@@ -73,18 +75,21 @@ def micro_batch_counter(plan: Mapping[str, Any], lengths: "np.ndarray | None") -
     """Return a function that says, of micro batches of so many rows, how many tokens the largest one of a run has.
 
     `plan` has TrainPlan's values but those of the micro batch; `lengths` (N,) are the tokens of each training row.
-    Padded rows, rows whose lengths aren't known (None) and those of a very long run count as the longest allowed.
+    Padded rows, rows whose lengths aren't known (None) and those of a very long run, or of very large steps, count as
+    the longest allowed.
     """
     import numpy as np
 
-    stop = plan["steps"] * plan["global_batch_size"]
-    if lengths is None or not plan["packing"] or stop > _MOST_POSITIONS:
+    rows = plan["global_batch_size"]
+    stop = plan["steps"] * rows
+    if lengths is None or not plan["packing"] or stop > _MOST_POSITIONS or rows > _MOST_ROWS:
         return lambda size: size * int(plan["max_length_tokens"])
     passes = [lengths[order] for order in iterate_stream(len(lengths), 0, stop, seed=plan["seed"])]
-    by_step = np.concatenate(passes).reshape(plan["steps"], -1)  # (S, G)
+    by_step = np.concatenate(passes).reshape(-1, rows)  # (S, G)
+    parts = np.split(by_step, range(0, len(by_step), max(1, _POSITIONS_AT_A_TIME // rows))[1:])
 
-    def count(size: int) -> int:
-        order = deal_rows(by_step, size, processes=plan["nodes"] * plan["processes"], is_joined=True)
-        return int(np.take_along_axis(by_step, order, axis=1).reshape(-1, size).sum(axis=1).max())
+    def count_in(part: "np.ndarray", size: int) -> int:
+        order = deal_rows(part, size, processes=plan["nodes"] * plan["processes"], is_joined=True)
+        return int(np.take_along_axis(part, order, axis=1).reshape(-1, size).sum(axis=1).max())
 
-    return count
+    return lambda size: max(count_in(part, size) for part in parts)

@@ -66,7 +66,8 @@ def test_what_makes_one_micro_batch_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_largest_is_that_which_training_meets(processes: int) -> None:
+def test_the_largest_is_that_which_training_meets(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_POSITIONS_AT_A_TIME", 4 * BATCH)  # and a rest
     lengths = np.random.default_rng(0).integers(1, 99, ROWS)
     count = micro_batch_counter(PLAN | {"processes": processes}, lengths)
     for size in (1, 2, 3, 6, 12 // processes):
@@ -96,4 +97,11 @@ def test_the_limit_is_on_positions_not_on_rows(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(stream, "_MOST_POSITIONS", STEPS * BATCH)
     assert micro_batch_counter(PLAN, np.full(ROWS, 10))(4) == 40
     monkeypatch.setattr(stream, "_MOST_POSITIONS", STEPS * BATCH - 1)
+    assert micro_batch_counter(PLAN, np.full(ROWS, 10))(4) == 4 * 99
+
+
+def test_steps_of_very_many_rows_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_MOST_ROWS", BATCH)
+    assert micro_batch_counter(PLAN, np.full(ROWS, 10))(4) == 40
+    monkeypatch.setattr(stream, "_MOST_ROWS", BATCH - 1)
     assert micro_batch_counter(PLAN, np.full(ROWS, 10))(4) == 4 * 99
